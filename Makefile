@@ -1,0 +1,39 @@
+# What people type. `make demo` renders for real, `make test` is what CI runs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install demo test check bench chaos clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the farm needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/farm render manifests/quickstart.yaml
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+test: install
+	@infra/s3/ceph.sh install || echo 'no S3 server: its tests are skipped, or fail where CI=true'
+	$(BIN)/pytest
+
+bench: install
+	$(BIN)/python -m farm.bench
+
+chaos: install
+	infra/s3/ceph.sh install
+	$(BIN)/python -m tests.chaos
+
+clean:
+	rm -rf $(VENV) farm-data

@@ -1,0 +1,63 @@
+"""Settings of the farm: flags over `FARM_*` variables over `farm.toml` over the defaults below."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from farm.errors import SettingsError
+
+
+class Settings(BaseSettings):
+    """What one process of the farm needs to know. Credentials are boto3's own affair (AWS_* variables, profiles)."""
+
+    model_config = SettingsConfigDict(env_prefix="FARM_", toml_file="farm.toml", extra="forbid", frozen=True)
+
+    store: str = Field(default="./farm-data", description="a folder, or s3://bucket/prefix")
+    s3_endpoint: str | None = Field(default=None, description="URL of the S3 server; AWS's own where empty")
+    s3_public_endpoint: str | None = Field(
+        default=None, description="URL that presigned links use; the endpoint where empty"
+    )
+    s3_region: str = Field(default="us-east-1", description="region to sign for")
+    s3_addressing: Literal["auto", "path", "virtual"] = Field(
+        default="auto", description="bucket in the path or the host name"
+    )
+    models: Path | None = Field(default=None, description="folder of model cards of your own, searched first")
+    renderers: int | None = Field(
+        default=None, gt=0, description="renderers to start; one per GPU where empty, one without GPUs"
+    )
+    vram_gib: float = Field(default=16.0, gt=0, description="GPU memory one renderer may use, GiB")
+    address: str | None = Field(
+        default=None, description="Ray address of a running farm; this machine's own where empty"
+    )
+    runtime_dir: Path = Field(
+        default=Path("/tmp/farm"),
+        description="sockets, locks and logs of farms on this machine; a folder for each user",
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load_settings(**flags: object) -> Settings:
+    """Read settings; `flags` that are None count as not given. Raises SettingsError naming the value and its bounds."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise SettingsError(
+            f"setting {name}: {first['msg']}, got {first['input']!r}; mend FARM_{name.upper()}, farm.toml or the flag"
+        ) from exc
+    except (OSError, ValueError) as exc:
+        raise SettingsError(f"farm.toml: {exc}; mend it, or move it away") from exc
