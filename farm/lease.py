@@ -1,0 +1,101 @@
+"""The words that the dispatcher and its renderers exchange. Plain records, small enough to send every second."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+LEASE_S = 30.0
+"""A lease that was not renewed for this long goes back."""
+RENEW_S = 1.0
+"""How often a renderer renews what it holds."""
+POLL_S = 10.0
+"""How long a renderer's question for work stays parked when there is none."""
+
+Stage = Literal["waiting", "load", "encode", "denoise", "decode", "write", "finalise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A renderer's temporary right to one shard of a run's pass, or to finalise the pass.
+
+    `alone`: indexes to render one at a time, outside their batch. `skip`: indexes that ended every renderer that tried
+    them; they become failed rows. `images`: how many images the shard has.
+    """
+
+    token: str
+    task: Literal["render", "finalise"]
+    job: str
+    run: str
+    pass_number: int
+    shard: int
+    images: int
+    attempt: int
+    alone: frozenset[int] = frozenset()
+    skip: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """How a renderer introduces itself, at first and again whenever it meets a dispatcher that it does not know."""
+
+    renderer: str
+    incarnation: str
+    device: str
+    held: tuple[Lease, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A renderer's question for work. Asking twice with one `sequence` gives the same lease."""
+
+    renderer: str
+    incarnation: str
+    epoch: str
+    sequence: int
+    loaded_model: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Where one lease stands. `ticks` counts steps and finished pictures: it only grows while there is progress.
+
+    `fraction`: share of the shard's work done, 0..1. `in_hand`: indexes of the batch on the device at this moment.
+    """
+
+    token: str
+    stage: Stage
+    ticks: int
+    fraction: float
+    in_hand: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A lease's good end: its receipt is in the store."""
+
+    lease: Lease
+    renderer: str
+    ok: int
+    failed: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GiveBack:
+    """A lease's other end. `code` and `message` are those of the error; `cancelled` and `retired` blame nobody."""
+
+    lease: Lease
+    renderer: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The dispatcher's answer to a question for work.
+
+    `meet`: the renderer is not known here, or knows an older dispatcher: say hello, then ask again.
+    """
+
+    epoch: str
+    lease: Lease | None = None
+    meet: bool = False

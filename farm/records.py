@@ -1,0 +1,70 @@
+"""The small JSON records of the ledger: what people said to a job, what it came to, what was measured.
+
+Each carries the version that wrote it; one from a newer farm is refused, never guessed at.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from farm.errors import NewerVersionError
+
+VERSION = 1
+
+
+class Record(BaseModel):
+    """Root of the JSON records below: frozen, and a key that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int = VERSION
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_version(cls, data: Any) -> Any:
+        version = data.get("version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > VERSION:
+            raise NewerVersionError(
+                f"{cls.__name__.lower()} of version {version} was written by a newer farm, this one reads up to "
+                f"{VERSION}; upgrade this farm"
+            )
+        return data
+
+
+class Control(Record):
+    """What somebody said to a job. The highest `seq` counts."""
+
+    seq: int = Field(ge=1)
+    action: str = Field(description="cancel, …")
+    at: str = Field(description="ISO 8601, UTC")
+    by: str
+
+
+class Totals(Record):
+    """What a job came to by the end of a pass: over all its images, the latest pass of each."""
+
+    images: int = Field(ge=0)
+    ok: int = Field(ge=0)
+    failed: int = Field(ge=0)
+    flagged: int = Field(ge=0, description="ok, and all one colour")
+    failures_by_code: dict[str, int]
+    bytes: int = Field(ge=0, description="of the pictures that are ok")
+    seconds: dict[str, float] = Field(description="by stage, summed over renderers")
+    renderers: int = Field(ge=0)
+    started_at: str = Field(description="ISO 8601, UTC")
+    finished_at: str = Field(description="ISO 8601, UTC")
+    wall_seconds: float = Field(ge=0)
+
+
+class Profile(Record):
+    """How fast one kind of device drew a model's pictures when last measured."""
+
+    model: str
+    device: str
+    seconds_per_image: float = Field(gt=0)
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+    num_inference_steps: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    images: int = Field(gt=0, description="how many were measured")
+    measured_at: str = Field(description="ISO 8601, UTC")
