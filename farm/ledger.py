@@ -1,0 +1,353 @@
+"""Jobs, runs, plans, controls, passes and receipts as objects of one store.
+
+Owns every key below `jobs/`, `open/` and `profiles/` except the pictures themselves. Knows nothing of leases.
+Invariants: a shard is done if and only if its receipt exists; plans, controls, passes and receipts are created once and
+never changed; pass n + 1 opens only after the totals of pass n are written.
+"""
+
+import difflib
+import heapq
+import io
+import logging
+import re
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ValidationError
+
+from farm.errors import ControlError, NewerVersionError, ObjectMissingError, RecordError, StoreError, UnknownJobError
+from farm.plan import Plan
+from farm.receipt import ImageRow, Receipt
+from farm.records import Control, Profile, Totals
+from farm.storage.base import ObjectStore
+
+__all__ = ["Control", "Ledger", "Profile", "Totals"]
+
+_log = logging.getLogger(__name__)
+
+_CREATE_TRIES = 1000
+_JSON = "application/json"
+_PARQUET = "application/vnd.apache.parquet"
+
+Indexes = npt.NDArray[np.int64]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class Ledger:
+    """The farm's memory. Blocks, safe with threads, and goes to another process as its store does."""
+
+    def __init__(self, store: ObjectStore):
+        self.store = store
+        self._last_pass: tuple[str, Indexes] | None = None
+
+    def jobs(self) -> list[str]:
+        """Names of all jobs, in order."""
+        return list(self.store.folders("jobs/"))
+
+    def open_jobs(self) -> list[str]:
+        """Names of the jobs marked unfinished, in order."""
+        return [info.key.removeprefix("open/") for info in self.store.list("open/")]
+
+    def open(self, job: str) -> None:
+        """Mark the job unfinished; comes before its plan."""
+        self.store.put(f"open/{job}", b"")
+
+    def close(self, job: str) -> None:
+        """Take the mark away; comes after its totals."""
+        self.store.delete(f"open/{job}")
+
+    def plans(self, job: str) -> list[Plan]:
+        """All runs of the job, oldest first; empty where there is no such job. Raises RecordError."""
+        if not _is_name(job):
+            return []
+        keys = [_plan_key(job, number) for number in self._numbers(f"jobs/{job}/plans/", ".json")]
+        return [_parsed(Plan, self.store.get(key), self._where(key)) for key in keys]
+
+    def plan(self, job: str) -> Plan:
+        """The job's newest run. Raises UnknownJobError, RecordError."""
+        plans = self.plans(job)
+        if plans:
+            return plans[-1]
+        near = difflib.get_close_matches(job, names := self.jobs(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {len(names)} jobs; see `farm status`"
+        raise UnknownJobError(f"no job {job!r} in {self.store.url}; {hint}")
+
+    def create_plan(self, plan: Plan, number: int) -> bool:
+        """Write the job's plan `number` (1, 2, …); False when there is one of that number."""
+        return self.store.create(_plan_key(plan.job, number), plan.model_dump_json().encode(), content_type=_JSON)
+
+    def put_prompt_part(self, job: str, run: str, n: int, data: bytes) -> None:
+        self.store.put(f"jobs/{job}/{run}/prompts/part-{n:05d}.parquet", data, content_type=_PARQUET)
+
+    def prompt_part(self, plan: Plan, n: int) -> bytes:
+        return self.store.get(_key(plan, f"prompts/part-{n:05d}.parquet"))
+
+    def append_control(self, job: str, action: str, *, at: str, by: str) -> Control:
+        """Write what somebody says to the job under the next number; it holds once this returns."""
+        first = max(self._numbers(f"jobs/{job}/control/", ".json"), default=0) + 1
+        for seq in range(first, first + _CREATE_TRIES):
+            control = Control(seq=seq, action=action, at=at, by=by)
+            data = control.model_dump_json().encode()
+            if self.store.create(f"jobs/{job}/control/{seq:06d}.json", data, content_type=_JSON):
+                return control
+        raise StoreError(f"{self.store.url}: {_CREATE_TRIES} controls of {job} were taken in a row; try again")
+
+    def controls(self, job: str) -> list[Control]:
+        """All that was said to the job, in order. Raises RecordError."""
+        keys = [f"jobs/{job}/control/{seq:06d}.json" for seq in self._numbers(f"jobs/{job}/control/", ".json")]
+        return [_parsed(Control, self.store.get(key), self._where(key)) for key in keys]
+
+    def passes(self, plan: Plan) -> int:
+        """Number of the latest pass that is open or was; 1 from the start."""
+        return max(self._numbers(_key(plan, "passes/"), ".npy"), default=1)
+
+    def open_pass(self, plan: Plan, number: int, indexes: Indexes) -> bool:
+        """Open pass `number` over `indexes`, ascending; False when that pass is there already.
+
+        Raises ControlError when the pass before it is not closed yet, or there is nothing to do.
+        """
+        latest = self.passes(plan)
+        if number <= latest:
+            return False
+        if number != latest + 1 or self.store.head(_key(plan, f"totals/{latest:04d}.json")) is None:
+            raise ControlError(
+                f"pass {number} of job {plan.job} cannot open while pass {latest} is unfinished; let the job end first"
+            )
+        indexes = np.asarray(indexes, dtype=np.int64)
+        if indexes.ndim != 1 or not len(indexes):
+            raise ControlError(f"pass {number} of job {plan.job} would be empty; there is nothing to render again")
+        if indexes[0] < 0 or indexes[-1] >= plan.images or not (np.diff(indexes) > 0).all():
+            raise ControlError(
+                f"pass {number} of job {plan.job} needs ascending image indexes below {plan.images}, each once; "
+                "take them from failed_indexes"
+            )
+        sink = io.BytesIO()
+        np.save(sink, indexes, allow_pickle=False)
+        return self.store.create(_key(plan, f"passes/{number:04d}.npy"), sink.getvalue())
+
+    def pass_indexes(self, plan: Plan, number: int) -> Indexes | None:
+        """The images of pass `number`, ascending; None for pass 1, which is all. Raises RecordError."""
+        if number == 1:
+            return None
+        key = _key(plan, f"passes/{number:04d}.npy")
+        kept = self._last_pass
+        if kept is not None and kept[0] == key:
+            return kept[1]
+        try:
+            indexes = np.load(io.BytesIO(self.store.get(key)), allow_pickle=False)
+        except (ValueError, EOFError) as exc:
+            raise RecordError(f"{self._where(key)}: not a list of image indexes ({exc}); restore the object") from exc
+        if not isinstance(indexes, np.ndarray) or indexes.dtype != np.int64 or indexes.ndim != 1 or not len(indexes):
+            raise RecordError(f"{self._where(key)}: not a list of image indexes; restore the object")
+        indexes.setflags(write=False)
+        self._last_pass = key, indexes
+        return indexes
+
+    def pass_shards(self, plan: Plan, number: int) -> int:
+        """How many shards pass `number` has."""
+        indexes = self.pass_indexes(plan, number)
+        return plan.shards if indexes is None else -(-len(indexes) // plan.shard_images)
+
+    def shard_indexes(self, plan: Plan, pass_number: int, shard: int) -> Sequence[int]:
+        """The images of one shard, ascending."""
+        if not 0 <= shard < self.pass_shards(plan, pass_number):
+            raise RecordError(f"job {plan.job} has no shard {shard} in pass {pass_number}; see what asked for it")
+        indexes = self.pass_indexes(plan, pass_number)
+        if indexes is None:
+            return plan.shard_range(shard)
+        part: list[int] = indexes[shard * plan.shard_images : (shard + 1) * plan.shard_images].tolist()
+        return part
+
+    def commit(self, plan: Plan, receipt: Receipt) -> bool:
+        """Write the receipt, rows in index order; False when another's was first, which is as good.
+
+        Every object that it points at must be stored before. Raises RecordError when its rows are not the shard's.
+        """
+        receipt = replace(receipt, rows=tuple(sorted(receipt.rows, key=lambda row: row.index)))
+        expected = self.shard_indexes(plan, receipt.pass_number, receipt.shard)
+        where = f"receipt of job {plan.job}, pass {receipt.pass_number}, shard {receipt.shard}"
+        if (receipt.job, receipt.run) != (plan.job, plan.run):
+            raise RecordError(f"{where}: names run {receipt.run} of job {receipt.job}, the plan is run {plan.run}")
+        if [row.index for row in receipt.rows] != list(expected):
+            raise RecordError(
+                f"{where}: has {len(receipt.rows)} rows, which are not the shard's {len(expected)} images"
+            )
+        if receipt.failed:
+            self.store.put(_failure_key(plan, receipt.pass_number, receipt.shard), b"")
+        key = _receipt_key(plan, receipt.pass_number, receipt.shard)
+        return self.store.create(key, receipt.to_parquet(), content_type=_PARQUET)
+
+    def receipt(self, plan: Plan, pass_number: int, shard: int) -> Receipt:
+        """Read one receipt. Raises ObjectMissingError, RecordError."""
+        key = _receipt_key(plan, pass_number, shard)
+        receipt = Receipt.from_parquet(self.store.get(key), self._where(key))
+        if (receipt.run, receipt.pass_number, receipt.shard) != (plan.run, pass_number, shard):
+            raise RecordError(
+                f"{self._where(key)}: is the receipt of run {receipt.run}, pass {receipt.pass_number}, "
+                f"shard {receipt.shard}; restore the right object, or delete it and start the job again"
+            )
+        return receipt
+
+    def done_shards(self, plan: Plan, pass_number: int) -> npt.NDArray[np.bool_]:
+        """Which shards of a pass have receipts, from one listing."""
+        done = np.zeros(self.pass_shards(plan, pass_number), dtype=np.bool_)
+        for shard in self._receipted(plan, pass_number):
+            if shard >= len(done):
+                raise RecordError(
+                    f"{self._where(_receipt_key(plan, pass_number, shard))}: pass {pass_number} has only "
+                    f"{len(done)} shards; see what wrote it, and delete it"
+                )
+            done[shard] = True
+        return done
+
+    def receipts(self, plan: Plan, pass_number: int, *, threads: int = 8) -> Generator[Receipt, None, None]:
+        """Yield the receipts of a pass in shard order; at most `2 * threads` are read ahead."""
+        shards = self._receipted(plan, pass_number)
+        return _prefetched(partial(self.receipt, plan, pass_number), shards, threads=threads)
+
+    def rows(self, plan: Plan) -> Iterator[ImageRow]:
+        """Yield a row per image that has one, in index order; of several passes' rows, the latest. Memory is flat."""
+        with ExitStack() as stack:
+            ordered = [
+                stack.enter_context(closing(self._pass_rows(plan, number)))
+                for number in range(1, self.passes(plan) + 1)
+            ]
+            last = -1
+            for row in heapq.merge(*ordered, key=lambda row: (row.index, -row.pass_number)):
+                if row.index != last:
+                    last = row.index
+                    yield row
+
+    def failed_indexes(self, plan: Plan) -> Indexes:
+        """Images whose latest row is a failed one, ascending; reads only the receipts that failure markers name."""
+        failed: Indexes = np.empty(0, dtype=np.int64)
+        for number in range(1, self.passes(plan) + 1):
+            done = self.done_shards(plan, number)
+            again = self.pass_indexes(plan, number)
+            if again is not None:
+                failed = np.setdiff1d(failed, again[np.repeat(done, plan.shard_images)[: len(again)]])
+            marked = self._numbers(_key(plan, f"failures/{number:04d}/"), "")
+            there = (shard for shard in marked if shard < len(done) and done[shard])
+            read = _prefetched(partial(self.receipt, plan, number), there, threads=8)
+            found = [row.index for receipt in read for row in receipt.rows if row.status == "failed"]
+            failed = np.union1d(failed, np.array(found, dtype=np.int64))
+        return failed
+
+    def put_totals(self, plan: Plan, pass_number: int, totals: Totals) -> None:
+        """Close the pass."""
+        key = _key(plan, f"totals/{pass_number:04d}.json")
+        self.store.put(key, totals.model_dump_json().encode(), content_type=_JSON)
+
+    def totals(self, plan: Plan, pass_number: int | None = None) -> Totals | None:
+        """What the job came to by the end of the pass (the latest where none is given); None while it is unfinished."""
+        key = _key(plan, f"totals/{pass_number or self.passes(plan):04d}.json")
+        try:
+            return _parsed(Totals, self.store.get(key), self._where(key))
+        except ObjectMissingError:
+            return None
+
+    def put_profile(self, profile: Profile) -> None:
+        key = _profile_key(profile.model, profile.device)
+        self.store.put(key, profile.model_dump_json().encode(), content_type=_JSON)
+
+    def profile(self, model: str, device: str) -> Profile | None:
+        """What was measured last; None where nothing was. One that cannot be read is as good as none."""
+        key = _profile_key(model, device)
+        try:
+            return _parsed(Profile, self.store.get(key), self._where(key))
+        except ObjectMissingError:
+            return None
+        except RecordError as exc:
+            _log.warning("profile ignored", extra={"reason": exc.message})
+            return None
+
+    def _pass_rows(self, plan: Plan, number: int) -> Generator[ImageRow, None, None]:
+        with closing(self.receipts(plan, number, threads=4)) as receipts:
+            for receipt in receipts:
+                yield from receipt.rows
+
+    def _receipted(self, plan: Plan, pass_number: int) -> Iterator[int]:
+        return self._numbers(_key(plan, f"receipts/{pass_number:04d}/"), ".parquet")
+
+    def _numbers(self, prefix: str, suffix: str) -> Iterator[int]:
+        """The numbers that name objects under `prefix`, ascending; what else lies there is none of ours."""
+        for info in self.store.list(prefix):
+            number = _number(info.key.removeprefix(prefix), suffix)
+            if number is not None:
+                yield number
+
+    def _where(self, key: str) -> str:
+        return f"{self.store.url}/{key}"
+
+
+def _plan_key(job: str, number: int) -> str:
+    return f"jobs/{job}/plans/{number:04d}.json"
+
+
+def _key(plan: Plan, name: str) -> str:
+    return f"jobs/{plan.job}/{plan.run}/{name}"
+
+
+def _receipt_key(plan: Plan, pass_number: int, shard: int) -> str:
+    return _key(plan, f"receipts/{pass_number:04d}/{shard:08d}.parquet")
+
+
+def _failure_key(plan: Plan, pass_number: int, shard: int) -> str:
+    return _key(plan, f"failures/{pass_number:04d}/{shard:08d}")
+
+
+def _profile_key(model: str, device: str) -> str:
+    return f"profiles/{_plain(model)}/{_plain(device)}.json"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-.") or "-"
+
+
+def _is_name(job: str) -> bool:
+    return re.fullmatch(r"[^/\0]{1,200}", job) is not None and job not in (".", "..")
+
+
+def _number(name: str, suffix: str) -> int | None:
+    digits = name.removesuffix(suffix)
+    return int(digits) if name.endswith(suffix) and digits.isascii() and digits.isdigit() else None
+
+
+def _parsed(model: type[_Model], data: bytes, where: str) -> _Model:
+    try:
+        return model.model_validate_json(data)
+    except NewerVersionError as exc:
+        raise NewerVersionError(f"{where}: {exc.message}") from exc
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "whole"
+        raise RecordError(
+            f"{where}: not a {model.__name__.lower()} ({field}: {first['msg']}); restore the object from a backup"
+        ) from exc
+
+
+def _prefetched(
+    read: Callable[[_Item], _Result], items: Iterator[_Item], *, threads: int
+) -> Generator[_Result, None, None]:
+    """Yield `read` of each item in order, with at most `2 * threads` of them in hand."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="farm-ledger") as pool:
+        ahead: deque[Future[_Result]] = deque()
+        try:
+            for item in items:
+                ahead.append(pool.submit(read, item))
+                if len(ahead) >= 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()

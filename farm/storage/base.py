@@ -1,0 +1,68 @@
+"""What the farm asks of an object store, and no more.
+
+Keys are relative to the store's root, `/`-separated, without a leading slash. Knows nothing of jobs. Every method
+blocks, may be called from several threads at once, and raises only `farm.errors.StoreError`s.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One object as a listing or a look-up shows it. `etag` changes whenever the content does."""
+
+    key: str
+    size_bytes: int
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoreReport:
+    """What the start-up probe found. `conditional_create`: N racing creates of one key gave one winner."""
+
+    url: str
+    conditional_create: bool
+    conditional_replace: bool
+    free_bytes: int | None
+
+
+class ObjectStore(Protocol):
+    """A bucket, or a folder that behaves like one."""
+
+    url: str
+
+    def get(self, key: str) -> bytes:
+        """Return the whole object. Raises ObjectMissingError."""
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """Return the object's size and etag, or None where there is no such object."""
+
+    def put(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
+        """Store `data` whole or not at all, replacing what was there. Large objects go up in parts."""
+
+    def create(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> bool:
+        """Store `data` unless the key exists; one of any number of racing callers gets True.
+
+        A retry that meets its own earlier write reads it back, compares, and returns True. On a store without
+        conditional puts this is a look and a plain put, and two racing callers may both get True.
+        """
+
+    def replace(self, key: str, data: bytes, etag: str) -> bool:
+        """Store `data` if the object still has `etag`; False when it changed or is gone."""
+
+    def delete(self, key: str) -> None:
+        """Remove the object; absent is fine."""
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[ObjectInfo]:
+        """Yield the objects whose keys start with `prefix`, in key order (bytewise), those after key `after` only."""
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        """Yield the names directly under `prefix` (which ends in `/`, or is empty) that have objects below them."""
+
+    def presign(self, key: str, expires_s: int) -> str | None:
+        """Return a URL that reads the object without credentials for `expires_s`, or None where there is no such thing."""
+
+    def probe(self) -> StoreReport:
+        """Write, race, read, list and delete small objects under `probe/`; raise what does not work."""

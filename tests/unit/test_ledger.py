@@ -1,0 +1,372 @@
+"""The ledger over a folder: what is created once stays, and what is read back is what was meant."""
+
+import pickle
+import threading
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from farm.errors import ControlError, NewerVersionError, ObjectMissingError, RecordError, UnknownJobError
+from farm.ledger import Ledger
+from farm.plan import Plan
+from farm.receipt import ImageRow, Receipt
+from farm.records import Profile, Totals
+from farm.storage.local import LocalStore
+from tests.unit.finished_jobs import make_plan
+
+PLAN = make_plan(rows=5, seeds=2, shard_images=4)
+ROOT = f"jobs/{PLAN.job}/{PLAN.run}"
+TOTALS = Totals(
+    images=10,
+    ok=8,
+    failed=2,
+    flagged=0,
+    failures_by_code={"render": 2},
+    bytes=1000,
+    seconds={"denoise": 4.0},
+    renderers=1,
+    started_at="2026-11-21T10:00:00+00:00",
+    finished_at="2026-11-21T10:01:00+00:00",
+    wall_seconds=60.0,
+)
+
+
+class CountingStore(LocalStore):
+    """Counts what is read."""
+
+    gets = 0
+
+    def get(self, key: str) -> bytes:
+        self.gets += 1
+        return super().get(key)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CountingStore:
+    return CountingStore(tmp_path / "farm-data")
+
+
+@pytest.fixture
+def ledger(store: CountingStore) -> Ledger:
+    return Ledger(store)
+
+
+def row(index: int, *, pass_number: int = 1, failed: bool = False) -> ImageRow:
+    return ImageRow(
+        index=index,
+        key=None,
+        prompt=f"prompt of {index}",
+        negative_prompt="",
+        width=64,
+        height=64,
+        num_inference_steps=4,
+        guidance_scale=2.5,
+        seed=index,
+        status="failed" if failed else "ok",
+        object=None if failed else f"images/{index}.png",
+        thumbnail=None,
+        size_bytes=None if failed else 100,
+        sha256=None,
+        phash=None,
+        flag=None,
+        error_code="render" if failed else None,
+        error_message=None,
+        pass_number=pass_number,
+        attempt=1,
+        alone=False,
+        seconds=0.1,
+        renderer="renderer-0",
+        device="CPU",
+        carry={"source": "test"},
+    )
+
+
+def receipt(
+    ledger: Ledger, shard: int, *, plan: Plan = PLAN, pass_number: int = 1, failed: Collection[int] = ()
+) -> Receipt:
+    indexes = ledger.shard_indexes(plan, pass_number, shard)
+    return Receipt(
+        job=plan.job,
+        run=plan.run,
+        pass_number=pass_number,
+        shard=shard,
+        start=shard * plan.shard_images,
+        stop=shard * plan.shard_images + len(indexes),
+        attempt=1,
+        renderer="renderer-0",
+        device="CPU",
+        versions={},
+        finished_at="2026-11-21T10:00:00+00:00",
+        seconds={},
+        rows=tuple(row(index, pass_number=pass_number, failed=index in failed) for index in indexes),
+    )
+
+
+def commit_all(
+    ledger: Ledger, *, plan: Plan = PLAN, pass_number: int = 1, failed: Collection[int] = (), but: Collection[int] = ()
+) -> None:
+    for shard in range(ledger.pass_shards(plan, pass_number)):
+        if shard not in but:
+            assert ledger.commit(plan, receipt(ledger, shard, plan=plan, pass_number=pass_number, failed=failed))
+
+
+def open_second_pass(ledger: Ledger, indexes: list[int]) -> None:
+    ledger.put_totals(PLAN, 1, TOTALS)
+    assert ledger.open_pass(PLAN, 2, np.array(indexes))
+
+
+def test_a_plan_is_created_once_and_reads_back_equal(ledger: Ledger) -> None:
+    assert ledger.plans("shapes") == []
+    assert ledger.create_plan(PLAN, 1) is True
+    assert ledger.create_plan(make_plan(run="ffffffff"), 1) is False
+    assert ledger.plan("shapes") == PLAN
+    second = make_plan(run="11112222")
+    assert ledger.create_plan(second, 2) is True
+    assert ledger.plans("shapes") == [PLAN, second]
+    assert ledger.plan("shapes") == second
+
+
+def test_an_unknown_job_gets_the_nearest_name(ledger: Ledger) -> None:
+    with pytest.raises(UnknownJobError, match=r"no job 'shapes' in .*; there are 0 jobs; see `farm status`"):
+        ledger.plan("shapes")
+    ledger.create_plan(PLAN, 1)
+    with pytest.raises(UnknownJobError, match=r"no job 'shpaes' in .*; did you mean 'shapes'\?"):
+        ledger.plan("shpaes")
+    for odd in ("", "..", "a/b", "../../etc", "x" * 300, "nul\0"):
+        with pytest.raises(UnknownJobError):
+            ledger.plan(odd)
+
+
+def test_a_plan_that_does_not_parse_is_said_where_it_is(ledger: Ledger, store: CountingStore) -> None:
+    for broken in (b"", b"{", b"{}", b"\xff", PLAN.model_dump_json().encode()[:-5]):
+        store.put("jobs/shapes/plans/0001.json", broken)
+        with pytest.raises(RecordError, match=r"jobs/shapes/plans/0001.json: not a plan \(.+\); restore the object"):
+            ledger.plans("shapes")
+    store.put("jobs/shapes/plans/0001.json", b'{"version": 99, "job": "shapes"}')
+    with pytest.raises(NewerVersionError, match=r"jobs/shapes/plans/0001.json: .*upgrade this farm"):
+        ledger.plans("shapes")
+
+
+def test_open_jobs_are_those_marked(ledger: Ledger) -> None:
+    for job in ("b", "a"):
+        ledger.open(job)
+    assert ledger.open_jobs() == ["a", "b"]
+    ledger.close("a")
+    ledger.close("a")
+    assert ledger.open_jobs() == ["b"]
+    assert ledger.jobs() == []
+    ledger.create_plan(PLAN, 1)
+    assert ledger.jobs() == ["shapes"]
+
+
+def test_prompt_parts_read_back(ledger: Ledger) -> None:
+    ledger.put_prompt_part(PLAN.job, PLAN.run, 3, b"parquet")
+    assert ledger.prompt_part(PLAN, 3) == b"parquet"
+    with pytest.raises(ObjectMissingError, match="part-00004"):
+        ledger.prompt_part(PLAN, 4)
+
+
+def test_controls_from_many_at_once_are_all_kept_in_order(ledger: Ledger) -> None:
+    start = threading.Barrier(8)
+
+    def say(number: int) -> int:
+        start.wait()
+        return ledger.append_control("shapes", "cancel", at="2026-11-21T10:00:00+00:00", by=f"person {number}").seq
+
+    with ThreadPoolExecutor(8) as pool:
+        numbers = list(pool.map(say, range(8)))
+    assert sorted(numbers) == list(range(1, 9))
+    controls = ledger.controls("shapes")
+    assert [control.seq for control in controls] == list(range(1, 9))
+    assert [control.by for control in controls] == [f"person {numbers.index(seq)}" for seq in range(1, 9)]
+
+
+def test_a_receipt_is_committed_once(ledger: Ledger) -> None:
+    first = receipt(ledger, 1)
+    assert ledger.commit(PLAN, first) is True
+    assert ledger.commit(PLAN, replace(first, attempt=2)) is False
+    assert ledger.receipt(PLAN, 1, 1) == first
+    assert ledger.done_shards(PLAN, 1).tolist() == [False, True, False]
+
+
+def test_rows_are_committed_in_index_order(ledger: Ledger) -> None:
+    ordered = receipt(ledger, 0)
+    ledger.commit(PLAN, replace(ordered, rows=ordered.rows[::-1]))
+    assert ledger.receipt(PLAN, 1, 0) == ordered
+
+
+def test_a_receipt_that_is_not_the_shards_is_refused(ledger: Ledger, store: CountingStore) -> None:
+    whole = receipt(ledger, 0, failed={0})
+    for wrong, reason in (
+        (replace(whole, rows=whole.rows[:-1]), "has 3 rows, which are not the shard's 4 images"),
+        (replace(whole, rows=(*whole.rows[:-1], row(9))), "are not the shard's 4 images"),
+        (replace(whole, run="ffffffff"), "names run ffffffff of job shapes, the plan is run 0a1b2c3d"),
+        (replace(whole, shard=99), "has no shard 99 in pass 1"),
+    ):
+        with pytest.raises(RecordError) as caught:
+            ledger.commit(PLAN, wrong)
+        assert reason in caught.value.message
+    assert list(store.list("")) == []
+
+
+def test_a_receipt_in_anothers_place_is_refused(ledger: Ledger, store: CountingStore) -> None:
+    commit_all(ledger)
+    store.put(f"{ROOT}/receipts/0001/00000000.parquet", store.get(f"{ROOT}/receipts/0001/00000001.parquet"))
+    with pytest.raises(RecordError, match=r"00000000.parquet: is the receipt of run 0a1b2c3d, pass 1, shard 1"):
+        ledger.receipt(PLAN, 1, 0)
+    store.put(f"{ROOT}/receipts/0001/00000000.parquet", b"garbage")
+    with pytest.raises(RecordError, match=r"00000000.parquet: not a receipt"):
+        list(ledger.rows(PLAN))
+
+
+def test_strangers_among_receipts_are_passed_over_but_not_shards_that_cannot_be(
+    ledger: Ledger, store: CountingStore
+) -> None:
+    for name in ("notes.txt", "00000001.parquet.bak", "x.parquet", ".parquet", "٣.parquet"):
+        store.put(f"{ROOT}/receipts/0001/{name}", b"")
+    assert not ledger.done_shards(PLAN, 1).any()
+    store.put(f"{ROOT}/receipts/0001/00000003.parquet", b"")
+    with pytest.raises(RecordError, match=r"00000003.parquet: pass 1 has only 3 shards"):
+        ledger.done_shards(PLAN, 1)
+
+
+def test_rows_come_in_index_order_once_each(ledger: Ledger) -> None:
+    commit_all(ledger, but={1})
+    assert [found.index for found in ledger.rows(PLAN)] == [0, 1, 2, 3, 8, 9]
+
+
+def test_a_later_passs_row_wins(ledger: Ledger) -> None:
+    commit_all(ledger, failed={0, 5, 9})
+    open_second_pass(ledger, [0, 1, 5, 8, 9])
+    assert ledger.pass_shards(PLAN, 2) == 2
+    assert list(ledger.shard_indexes(PLAN, 2, 0)) == [0, 1, 5, 8]
+    assert list(ledger.shard_indexes(PLAN, 2, 1)) == [9]
+    ledger.commit(PLAN, receipt(ledger, 0, pass_number=2, failed={1}))
+    rows = list(ledger.rows(PLAN))
+    assert [(found.index, found.pass_number) for found in rows] == [
+        (0, 2), (1, 2), (2, 1), (3, 1), (4, 1), (5, 2), (6, 1), (7, 1), (8, 2), (9, 1),
+    ]  # fmt: skip
+    assert ledger.failed_indexes(PLAN).tolist() == [1, 9]
+    assert [found.index for found in rows if found.status == "failed"] == [1, 9]
+    ledger.commit(PLAN, receipt(ledger, 1, pass_number=2))
+    assert ledger.failed_indexes(PLAN).tolist() == [1]
+
+
+def test_failed_images_are_found_from_markers_alone(ledger: Ledger, store: CountingStore) -> None:
+    plan = make_plan(rows=100, seeds=2, shard_images=4)
+    commit_all(ledger, plan=plan, failed={4, 7, 199})
+    store.gets = 0
+    assert ledger.failed_indexes(plan).tolist() == [4, 7, 199]
+    assert store.gets == 2
+
+
+def test_a_marker_without_its_receipt_means_nothing(ledger: Ledger, store: CountingStore) -> None:
+    for name in ("00000000", "99999999", "stranger"):
+        store.put(f"{ROOT}/failures/0001/{name}", b"")
+    assert ledger.failed_indexes(PLAN).tolist() == []
+    ledger.commit(PLAN, receipt(ledger, 0))
+    assert ledger.failed_indexes(PLAN).tolist() == []
+
+
+def test_rows_read_only_a_little_ahead(ledger: Ledger, store: CountingStore) -> None:
+    plan = make_plan(rows=100, seeds=2, shard_images=2)
+    commit_all(ledger, plan=plan)
+    store.gets = 0
+    rows = ledger.rows(plan)
+    assert next(rows).index == 0
+    assert store.gets <= 9
+    rows.close()
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("farm-ledger")]
+    assert threads == []
+
+
+def test_receipts_come_in_shard_order(ledger: Ledger) -> None:
+    plan = make_plan(rows=60, seeds=1, shard_images=1)
+    commit_all(ledger, plan=plan, but={7})
+    assert [found.shard for found in ledger.receipts(plan, 1, threads=3)] == [n for n in range(60) if n != 7]
+
+
+def test_a_pass_opens_only_when_the_one_before_is_closed(ledger: Ledger) -> None:
+    assert ledger.passes(PLAN) == 1
+    assert ledger.pass_indexes(PLAN, 1) is None
+    with pytest.raises(ControlError, match="pass 2 of job shapes cannot open while pass 1 is unfinished"):
+        ledger.open_pass(PLAN, 2, np.array([1]))
+    ledger.put_totals(PLAN, 1, TOTALS)
+    with pytest.raises(ControlError, match="pass 3 of job shapes cannot open while pass 1 is unfinished"):
+        ledger.open_pass(PLAN, 3, np.array([1]))
+    assert ledger.open_pass(PLAN, 2, np.array([1, 4])) is True
+    assert ledger.open_pass(PLAN, 2, np.array([5])) is False
+    indexes = ledger.pass_indexes(PLAN, 2)
+    assert indexes is not None
+    assert indexes.tolist() == [1, 4]
+    assert ledger.passes(PLAN) == 2
+    with pytest.raises(ControlError, match="while pass 2 is unfinished"):
+        ledger.open_pass(PLAN, 3, np.array([1]))
+
+
+@pytest.mark.parametrize("indexes", [[], [3, 1], [1, 1], [-1, 2], [5, 10], [[1], [2]]])
+def test_a_pass_needs_images_that_are_there(ledger: Ledger, indexes: list[int]) -> None:
+    ledger.put_totals(PLAN, 1, TOTALS)
+    with pytest.raises(ControlError, match=r"would be empty|needs ascending image indexes below 10, each once"):
+        ledger.open_pass(PLAN, 2, np.array(indexes))
+    assert ledger.passes(PLAN) == 1
+
+
+def test_a_pass_that_does_not_parse_is_said(ledger: Ledger, store: CountingStore) -> None:
+    key = f"{ROOT}/passes/0002.npy"
+    for broken in (b"", b"garbage", b"\x93NUMPY\x01\x00", pickle.dumps([1, 2])):
+        store.put(key, broken)
+        with pytest.raises(RecordError, match=r"0002.npy: not a list of image indexes"):
+            ledger.pass_indexes(PLAN, 2)
+
+
+def test_totals_are_those_of_the_latest_pass(ledger: Ledger, store: CountingStore) -> None:
+    assert ledger.totals(PLAN) is None
+    ledger.put_totals(PLAN, 1, TOTALS)
+    assert ledger.totals(PLAN) == TOTALS
+    ledger.open_pass(PLAN, 2, np.array([1]))
+    assert ledger.totals(PLAN) is None
+    assert ledger.totals(PLAN, 1) == TOTALS
+    store.put(f"{ROOT}/totals/0002.json", TOTALS.model_copy(update={"version": 7}).model_dump_json().encode())
+    with pytest.raises(NewerVersionError, match=r"totals/0002.json: totals of version 7 was written by a newer farm"):
+        ledger.totals(PLAN)
+
+
+def test_a_profile_reads_back_and_a_broken_one_counts_as_none(ledger: Ledger, store: CountingStore) -> None:
+    profile = Profile(
+        model="shapes",
+        device="NVIDIA RTX 4090 / 16 GiB",
+        seconds_per_image=0.25,
+        width=64,
+        height=64,
+        num_inference_steps=4,
+        batch=8,
+        images=100,
+        measured_at="2026-11-21T10:00:00+00:00",
+    )
+    assert ledger.profile("shapes", profile.device) is None
+    ledger.put_profile(profile)
+    assert ledger.profile("shapes", profile.device) == profile
+    assert [info.key for info in store.list("profiles/")] == ["profiles/shapes/nvidia-rtx-4090-16-gib.json"]
+    store.put("profiles/shapes/nvidia-rtx-4090-16-gib.json", b"{")
+    assert ledger.profile("shapes", profile.device) is None
+
+
+def test_ten_million_images_take_little_to_look_over(ledger: Ledger, store: CountingStore) -> None:
+    plan = make_plan(rows=10, seeds=1_000_000, shard_images=100)
+    assert ledger.pass_shards(plan, 1) == 100_000
+    ledger.commit(plan, receipt(ledger, 99_999, plan=plan))
+    store.gets = 0
+    done = ledger.done_shards(plan, 1)
+    assert done.nbytes == 100_000
+    assert np.flatnonzero(done).tolist() == [99_999]
+    assert store.gets == 0
+
+
+def test_a_ledger_goes_to_another_process(ledger: Ledger) -> None:
+    ledger.create_plan(PLAN, 1)
+    assert pickle.loads(pickle.dumps(ledger)).plan("shapes") == PLAN
