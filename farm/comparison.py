@@ -1,0 +1,126 @@
+"""Compare what a manifest asks for with what its job was planned from.
+
+Only what decides pixels or objects counts; what was drawn once (roots, seeds of -1) has no part in it. Reads the frozen
+prompts where it must, writes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from farm.ledger import Ledger
+from farm.manifest import Manifest
+from farm.plan import Numerics, Plan, PromptTable, card_identity
+from farm.prompts import Difference, compare_rows, known_rows
+from farm.request import Request
+from farm.yamlfile import shown
+
+_ROW_FREE_RULES = ("key", "shared", "listed")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What submitting would do, what differs, and how many rows are new."""
+
+    state: Literal["resume", "appended", "changed"]
+    changes: tuple[str, ...] = ()
+    new: int = 0
+
+
+def compare(request: Request, table: PromptTable, plans: Sequence[Plan], ledger: Ledger) -> Comparison:
+    """Compare what a manifest asks for with what its job was planned from; drawn values have no part in it."""
+    plan = plans[-1]
+    changes = [
+        *_changes("model", card_identity(plan.card), card_identity(request.card)),
+        *_changes("params", plan.params.model_dump(), request.params.model_dump()),
+        *_changes("seeds", _seed_wish(plan.manifest), _seed_wish(request.manifest)),
+        *_changes("output", plan.output.model_dump(), request.manifest.output.model_dump()),
+    ]
+    if plan.sweep != request.points:
+        changes.append(f"sweep: {shown(plan.manifest.sweep)} -> {shown(request.manifest.sweep)}")
+    prompts, difference = _prompt_changes(request, table, plans, ledger)
+    changes += prompts
+    if changes:
+        return Comparison("changed", tuple(changes))
+    if difference is not None and difference.new:
+        return Comparison("appended", (f"prompts: {difference.new} rows added",), difference.new)
+    return Comparison("resume")
+
+
+def _prompt_changes(
+    request: Request, table: PromptTable, plans: Sequence[Plan], ledger: Ledger
+) -> tuple[list[str], Difference | None]:
+    before = plans[-1].prompts
+    if (before.template is None) != (table.template is None):
+        kinds = ["rows" if one.template is None else "a template" for one in (before, table)]
+        return [f"prompts: {kinds[0]} -> {kinds[1]}"], None
+    if before.template is not None and table.template is not None:
+        seeds = [getattr(manifest.prompts, "seed", None) for manifest in (plans[-1].manifest, request.manifest)]
+        then = {**before.template.model_dump(exclude={"root"}), "seed": seeds[0]}
+        now = {**table.template.model_dump(exclude={"root"}), "seed": seeds[1]}
+        changes = _changes("prompts", then, now)
+        if not changes and list(before.template.vary) != list(table.template.vary):
+            changes.append(f"prompts.vary: order {', '.join(before.template.vary)} -> {', '.join(table.template.vary)}")
+        return changes, None
+    if len(plans) == 1 and before.digest == table.digest:
+        return [], None
+    if before.keyed != table.keyed:
+        return [f"prompts.key: {'set' if before.keyed else 'none'} -> {'set' if table.keyed else 'none'}"], None
+    if not table.keyed or plans[-1].seeds.rule not in _ROW_FREE_RULES:
+        if before.rows != table.rows:
+            return [f"prompts: {before.rows} rows -> {table.rows} rows"], None
+        return [f"prompts: other texts in the {table.rows} rows, or another order"], None
+    difference = compare_rows(
+        request.manifest,
+        known_rows(plans, ledger),
+        card=request.card,
+        params=request.params,
+        points=request.points,
+        open_store=request.open_store,
+    )
+    changes = []
+    if difference.changed:
+        changes.append(
+            f"prompts: {difference.changed} rows have other contents, "
+            f"the first of key {shown(difference.first_changed)}"
+        )
+    if difference.gone:
+        changes.append(f"prompts: {difference.gone} rows are gone")
+    return changes, difference
+
+
+def numerics_differences(planned: Numerics, here: Numerics) -> tuple[str, ...]:
+    """Return what differs, as `torch: 2.13.0 -> 2.14.0`. The number of renderers may change threads: that counts."""
+    then, now = _flat(planned.model_dump(mode="json")), _flat(here.model_dump(mode="json"))
+    return tuple(
+        f"{name.removeprefix('versions.')}: {then.get(name, 'none')} -> {now.get(name, 'none')}"
+        for name in dict.fromkeys((*then, *now))
+        if then.get(name) != now.get(name)
+    )
+
+
+def _seed_wish(manifest: Manifest) -> dict[str, Any]:
+    """Return the seeds as asked for, defaults filled in, nothing drawn."""
+    seeds = manifest.seeds
+    if isinstance(seeds, tuple):
+        return {"listed": list(seeds)}
+    rule = seeds.rule or ("key" if manifest.keyed else "slot")
+    return {"count": seeds.count, "from": rule, "root": seeds.root or 0}
+
+
+def _changes(place: str, then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{place}.{name}: {shown(then.get(name))} -> {shown(now.get(name))}"
+        for name in dict.fromkeys((*then, *now))
+        if then.get(name) != now.get(name)
+    ]
+
+
+def _flat(value: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, entry in value.items():
+        if isinstance(entry, dict):
+            flat |= {f"{name}.{inner}": deep for inner, deep in entry.items()}
+        else:
+            flat[name] = entry
+    return flat

@@ -1,0 +1,95 @@
+"""What this machine can render on, found without importing torch, and the numerics that follow for a new plan.
+
+Knows nothing of Ray: whether a cluster has GPUs elsewhere is asked in `actors/cluster.py`.
+"""
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Literal
+
+from farm.errors import PlacementError
+from farm.modelcard import ModelCard
+from farm.plan import Numerics
+
+PACKAGES = ("torch", "diffusers", "transformers")
+BFLOAT16_CAPABILITY = (8, 0)
+"""Compute capability from which bfloat16 is native; torch's own check counts emulation as support."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU of this machine as NVML names it."""
+
+    uuid: str
+    name: str
+    memory_bytes: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """What renderers on this machine use: its GPUs, or its CPU cores where there is none."""
+
+    kind: Literal["cuda", "cpu"]
+    name: str
+    gpus: tuple[Gpu, ...]
+    cores: int
+
+
+def local_device() -> DeviceInfo:
+    """Look at this machine. A machine without an NVIDIA driver is a CPU machine, never an error."""
+    gpus = _gpus()
+    cores = len(os.sched_getaffinity(0))
+    if gpus:
+        return DeviceInfo("cuda", gpus[0].name, gpus, cores)
+    return DeviceInfo("cpu", f"CPU, {cores} cores", (), cores)
+
+
+def numerics_for(card: ModelCard, *, device: DeviceInfo, renderers: int) -> Numerics:
+    """Fix how a new plan's pixels are computed. Raises PlacementError where the card is not sound on this device.
+
+    CPU renderers share the cores; the count of threads is frozen, since sums split among threads round differently.
+    """
+    dtypes = card.dtypes.get(device.kind, ())
+    if device.kind == "cuda" and min(gpu.capability for gpu in device.gpus) < BFLOAT16_CAPABILITY:
+        dtypes = tuple(dtype for dtype in dtypes if dtype != "bfloat16")
+    if not dtypes:
+        raise PlacementError(
+            f"model {card.name} cannot be rendered on {device.name}: its sound dtypes are "
+            f"{ {kind: list(names) for kind, names in card.dtypes.items()} }; use a GPU of compute capability 8.0 or newer"
+        )
+    return Numerics(
+        device=device.kind,
+        dtype=dtypes[0],
+        batch=card.batch.get(device.kind, 1),
+        threads=(card.cpu_threads or max(1, device.cores // renderers)) if device.kind == "cpu" else 1,
+        versions={package: version(package) for package in PACKAGES},
+    )
+
+
+def default_renderers(device: DeviceInfo) -> int:
+    """One renderer a GPU; where there is none, one for every two cores, four at most: each holds a model in memory."""
+    return len(device.gpus) or min(max(1, device.cores // 2), 4)
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return tuple(
+            Gpu(
+                uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
+                name=str(pynvml.nvmlDeviceGetName(handle)),
+                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+                capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+            )
+            for handle in handles
+        )
+    finally:
+        pynvml.nvmlShutdown()

@@ -1,0 +1,45 @@
+"""Numerics of a new plan follow from the card and the machine."""
+
+import pytest
+
+from farm.devices import DeviceInfo, Gpu, default_renderers, local_device, numerics_for
+from farm.errors import PlacementError
+from tests.unit.finished_jobs import CARD
+
+T4 = Gpu("GPU-1", "Tesla T4", 16 * 2**30, (7, 5))
+A4000 = Gpu("GPU-2", "RTX A4000", 16 * 2**30, (8, 6))
+
+
+def on(*gpus: Gpu) -> DeviceInfo:
+    return DeviceInfo("cuda" if gpus else "cpu", gpus[0].name if gpus else "CPU", gpus, cores=8)
+
+
+def test_cpu_renderers_share_the_cores_unless_the_card_knows_better():
+    assert numerics_for(CARD, device=on(), renderers=2).threads == 4
+    assert numerics_for(CARD, device=on(), renderers=100).threads == 1
+    frugal = CARD.model_copy(update={"cpu_threads": 1})
+    assert numerics_for(frugal, device=on(), renderers=2).threads == 1
+
+
+def test_a_gpu_without_native_bfloat16_is_refused_a_model_that_is_sound_in_nothing_else():
+    card = CARD.model_copy(update={"dtypes": {"cuda": ("bfloat16",)}})
+    assert numerics_for(card, device=on(A4000), renderers=1).dtype == "bfloat16"
+    with pytest.raises(PlacementError, match=r"cannot be rendered on Tesla T4.*capability 8\.0"):
+        numerics_for(card, device=on(T4), renderers=1)
+
+
+def test_a_pool_with_one_old_gpu_falls_back_to_a_dtype_that_all_can_do():
+    card = CARD.model_copy(update={"dtypes": {"cuda": ("bfloat16", "float32")}, "batch": {"cuda": 2}})
+    assert numerics_for(card, device=on(A4000, T4), renderers=2).dtype == "float32"
+
+
+def test_one_renderer_a_gpu_and_one_for_every_two_cores_without():
+    assert default_renderers(on(T4, A4000)) == 2
+    assert default_renderers(on()) == 4
+    assert default_renderers(DeviceInfo("cpu", "CPU", (), cores=1)) == 1
+
+
+def test_this_machine_can_be_looked_at():
+    device = local_device()
+    assert device.cores >= 1
+    assert device.kind in ("cpu", "cuda")
