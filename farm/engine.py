@@ -1,0 +1,313 @@
+"""The engine: one model on one device, from image specs to pictures, batch by batch.
+
+Which images share a batch follows from the plan and the shard alone. Each distinct prompt is encoded once and kept in a
+bounded cache. One thread owns an engine. Knows nothing of files, stores or receipts; imports no torch of its own.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+import numpy as np
+
+from farm.errors import CancelledError, FarmError, NumericsError, RenderError
+from farm.modelcard import ModelCard
+from farm.models.family import Embedding, Family, Tokens, open_family
+from farm.plan import ImageSpec, Numerics
+
+CACHE_BYTES = 512 * 2**20
+"""Embeddings kept: some 1,000 prompts of Z-Image, a hundred thousand of sketch."""
+
+Stage = Literal["load", "encode", "denoise", "decode", "write"]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One rendered image. `pixels`: height x width x 3, uint8. `seconds`: its share of its batch's time.
+
+    `nan`: the model's floats were not finite, and the pixels mean nothing.
+    """
+
+    spec: ImageSpec
+    pixels: np.ndarray
+    seconds: float
+    nan: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images of one shape that are denoised together, their prompts in tokens. `negative` is empty without guidance."""
+
+    specs: tuple[ImageSpec, ...]
+    positive: tuple[Tokens, ...]
+    negative: tuple[Tokens, ...]
+
+    def part(self, places: Sequence[int]) -> "Batch":
+        """Return the batch of some of its images, by their places in it."""
+        return Batch(
+            tuple(self.specs[i] for i in places),
+            tuple(self.positive[i] for i in places),
+            tuple(self.negative[i] for i in places) if self.negative else (),
+        )
+
+    @property
+    def indexes(self) -> tuple[int, ...]:
+        """Image indexes."""
+        return tuple(spec.index for spec in self.specs)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderStep:
+    """Where a render stands: images done of this call, the stage, and steps done of the batch in hand."""
+
+    images_done: int
+    stage: Stage
+    step: int
+    steps: int
+
+
+OnPicture = Callable[[Picture], None]
+OnStep = Callable[[RenderStep], None]
+
+
+def check_numerics(numerics: Numerics, *, device: str) -> None:
+    """Raise NumericsError where this machine would compute other bytes than the plan's: versions, kind of device."""
+    kind = device.partition(":")[0]
+    if kind != numerics.device:
+        raise NumericsError(
+            f"the plan was made for {numerics.device} and this renderer has {kind}; give it to one that fits"
+        )
+    for package, planned in sorted(numerics.versions.items()):
+        try:
+            installed = version(package)
+        except PackageNotFoundError:
+            installed = "none"
+        if installed != planned:
+            raise NumericsError(
+                f"the plan was made with {package} {planned}, {installed} is installed; install {package}=={planned} "
+                f"to go on with this run, or give the job a new name to render it anew"
+            )
+
+
+class Engine:
+    """Renders one model under one plan's numerics."""
+
+    def __init__(
+        self,
+        card: ModelCard,
+        numerics: Numerics,
+        device: str,
+        vram_gib: float,
+        *,
+        family: Family | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        self.card = card
+        self.numerics = numerics
+        self._device = device
+        self._family = family or open_family(card, numerics, device=device, vram_gib=vram_gib)
+        self._cache = EmbeddingCache(cache_bytes)
+
+    def load(self) -> float:
+        """Load the model; returns seconds. Raises NumericsError, ModelCardError or PlacementError."""
+        check_numerics(self.numerics, device=self._device)
+        started = time.perf_counter()
+        self._family.load()
+        self._family.synchronize()
+        return time.perf_counter() - started
+
+    def unload(self) -> None:
+        """Let go of weights, embeddings and device memory."""
+        self._cache.clear()
+        self._family.unload()
+
+    def batches(self, specs: Sequence[ImageSpec]) -> list[Batch]:
+        """Cut a shard's images into batches: by shape in order of first appearance, then `numerics.batch` at a time."""
+        tokens: dict[str, Tokens] = {}
+        groups: dict[Hashable, list[ImageSpec]] = {}
+        for spec in specs:
+            params = spec.params
+            positive = self._tokens(spec.prompt, tokens)
+            negative = self._tokens(params.negative_prompt, tokens) if params.guidance_scale > 0 else None
+            shape = (
+                params.width,
+                params.height,
+                params.num_inference_steps,
+                params.guidance_scale,
+                self._family.bucket(positive, negative),
+            )
+            groups.setdefault(shape, []).append(spec)
+        return [
+            Batch(
+                tuple(some),
+                tuple(tokens[spec.prompt] for spec in some),
+                tuple(tokens[spec.params.negative_prompt] for spec in some)
+                if some[0].params.guidance_scale > 0
+                else (),
+            )
+            for group in groups.values()
+            for some in (group[i : i + self.numerics.batch] for i in range(0, len(group), self.numerics.batch))
+        ]
+
+    def _tokens(self, prompt: str, known: dict[str, Tokens]) -> Tokens:
+        found = known.get(prompt)
+        if found is None:
+            with _pipeline_errors("cut a prompt into tokens"):
+                found = known[prompt] = self._family.tokenize(prompt)
+        return found
+
+    def encode_ahead(
+        self, batches: Sequence[Batch], *, on_step: OnStep, cancelled: Callable[[], bool]
+    ) -> tuple[dict[Tokens, Embedding], float]:
+        """Encode all prompts of these batches where the encoder leaves the device before denoising; and the seconds.
+
+        Where it stays, nothing is done: each batch encodes what it needs.
+        """
+        if not self._family.encodes_ahead:
+            return {}, 0.0
+        started = time.perf_counter()
+        wanted = dict.fromkeys(tokens for batch in batches for tokens in (*batch.positive, *batch.negative))
+        ahead: dict[Tokens, Embedding] = {}
+        for done, tokens in enumerate(wanted):
+            _stop_if(cancelled)
+            ahead[tokens] = self._embedding(tokens, {})
+            on_step(RenderStep(0, "encode", done + 1, len(wanted)))
+        self._family.synchronize()
+        return ahead, time.perf_counter() - started
+
+    def _embedding(self, tokens: Tokens, ahead: dict[Tokens, Embedding]) -> Embedding:
+        found = ahead.get(tokens) or self._cache.get(tokens)
+        if found is None:
+            with _pipeline_errors("encode a prompt"):
+                found = self._family.encode(tokens)
+            self._cache.put(tokens, found)
+        return found
+
+    def render_batch(
+        self,
+        batch: Batch,
+        *,
+        on_picture: OnPicture,
+        on_step: OnStep,
+        cancelled: Callable[[], bool],
+        ahead: dict[Tokens, Embedding] | None = None,
+        images_done: int = 0,
+    ) -> dict[str, float]:
+        """Render one batch; returns seconds by stage. Pictures come when all of the batch is done.
+
+        Raises CancelledError after a denoising step, OutOfMemoryError, or RenderError for whatever the pipeline raised.
+        """
+        family, first = self._family, batch.specs[0]
+        times = [time.perf_counter()]
+        embed = ahead or {}
+
+        def lap() -> None:
+            family.synchronize()
+            times.append(time.perf_counter())
+
+        def after_step(step: int, steps: int) -> None:
+            _stop_if(cancelled)
+            on_step(RenderStep(images_done, "denoise", step, steps))
+
+        _stop_if(cancelled)
+        on_step(RenderStep(images_done, "encode", 0, first.params.num_inference_steps))
+        positive = [self._embedding(tokens, embed) for tokens in batch.positive]
+        negative = [self._embedding(tokens, embed) for tokens in batch.negative]
+        lap()
+        with _pipeline_errors(f"denoise images {_span(batch)}"):
+            latents = family.denoise(
+                batch.specs, family.noise(batch.specs), positive=positive, negative=negative, on_step=after_step
+            )
+        lap()
+        on_step(RenderStep(images_done, "decode", 0, 1))
+        with _pipeline_errors(f"decode images {_span(batch)}"):
+            decoded = family.decode(latents, first)
+        lap()
+        each = (times[-1] - times[0]) / len(batch.specs)
+        for spec, pixels, finite in zip(batch.specs, decoded.pixels, decoded.finite, strict=True):
+            on_picture(Picture(spec, pixels, each, nan=not finite))
+        return {name: times[i + 1] - times[i] for i, name in enumerate(("encode", "denoise", "decode"))}
+
+    def render(
+        self,
+        specs: Sequence[ImageSpec],
+        *,
+        on_picture: OnPicture,
+        on_step: OnStep = lambda step: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float]:
+        """Render images in the batches that `batches` cuts; returns seconds by stage. The first failure ends it."""
+        batches = self.batches(specs)
+        ahead, encode_s = self.encode_ahead(batches, on_step=on_step, cancelled=cancelled)
+        seconds = {"encode": encode_s, "denoise": 0.0, "decode": 0.0}
+        done = 0
+        for batch in batches:
+            spent = self.render_batch(
+                batch, on_picture=on_picture, on_step=on_step, cancelled=cancelled, ahead=ahead, images_done=done
+            )
+            done += len(batch.specs)
+            for stage, took in spent.items():
+                seconds[stage] += took
+        return seconds
+
+
+class EmbeddingCache:
+    """The embeddings used last, as many as fit in `max_bytes`."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[Tokens, Embedding] = OrderedDict()
+        self.nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, tokens: Tokens) -> Embedding | None:
+        """Return what was kept, and keep it longer."""
+        found = self._kept.get(tokens)
+        if found is not None:
+            self._kept.move_to_end(tokens)
+        return found
+
+    def put(self, tokens: Tokens, embedding: Embedding) -> None:
+        """Keep an embedding; those not used for longest make room. One larger than the cache is not kept."""
+        if embedding.nbytes > self._max_bytes or tokens in self._kept:
+            return
+        self._kept[tokens] = embedding
+        self.nbytes += embedding.nbytes
+        while self.nbytes > self._max_bytes:
+            _, dropped = self._kept.popitem(last=False)
+            self.nbytes -= dropped.nbytes
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+        self.nbytes = 0
+
+
+class _pipeline_errors:  # noqa: N801  (used as a statement)
+    """Turns whatever a pipeline raises into a RenderError that says what was being done; the farm's own errors pass."""
+
+    def __init__(self, doing: str):
+        self._doing = doing
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
+        if isinstance(exc, Exception) and not isinstance(exc, FarmError):
+            line = " ".join(str(exc).split())[:500]
+            raise RenderError(f"could not {self._doing}: {type(exc).__name__}: {line}") from exc
+
+
+def _stop_if(cancelled: Callable[[], bool]) -> None:
+    if cancelled():
+        raise CancelledError("the render was asked to stop")
+
+
+def _span(batch: Batch) -> str:
+    indexes = batch.indexes
+    return str(indexes[0]) if len(indexes) == 1 else f"{indexes[0]} to {indexes[-1]}"

@@ -1,0 +1,90 @@
+"""One torch device: its limits, its memory, moving parts on and off it, and its errors in the farm's words.
+
+Host copies of a part's weights never change, so taking it off the device copies nothing back.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from farm.errors import NumericsError, OutOfMemoryError
+from farm.placement import DeviceLimits
+
+GIB = 2**30
+
+
+class Device:
+    """A torch device by name: cpu, cuda or cuda:N."""
+
+    def __init__(self, name: str, *, vram_gib: float):
+        self.torch = torch.device(name)
+        self.is_cuda = self.torch.type == "cuda"
+        self._vram_gib = vram_gib
+        if self.is_cuda and not torch.cuda.is_available():
+            raise NumericsError(
+                f"device {name} was asked for and torch {torch.__version__} finds no CUDA; install a CUDA build of "
+                f"torch and a driver, or plan the job for the CPU"
+            )
+
+    def limits(self) -> DeviceLimits:
+        """Return what the device offers."""
+        if not self.is_cuda:
+            return DeviceLimits("cpu", "the CPU", self._vram_gib)
+        found = torch.cuda.get_device_properties(self.torch)
+        return DeviceLimits(
+            "cuda", found.name, self._vram_gib, found.total_memory / GIB, torch.cuda.get_device_capability(self.torch)
+        )
+
+    def hold_to_budget(self) -> None:
+        """Keep torch's allocator within the budget, so that what runs on a large card runs on a small one."""
+        if self.is_cuda:
+            limits = self.limits()
+            share = limits.usable_gib / (limits.total_gib or limits.usable_gib)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.torch)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked of it."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.torch)
+
+    def empty_cache(self) -> None:
+        """Give memory that holds nothing back to the device."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def errors(self, doing: str) -> Iterator[None]:
+        """Raise OutOfMemoryError where the device, or the machine, has no memory left."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError) as exc:
+            failed = exc
+        except RuntimeError as exc:
+            if "can't allocate memory" not in str(exc):
+                raise
+            failed = exc
+        else:
+            return
+        # Tracebacks hold the tensors of the frames that failed; without them the memory can be given back.
+        line = " ".join(str(failed).split())[:300]
+        failed.__traceback__ = None
+        self.empty_cache()
+        raise OutOfMemoryError(f"no memory left on {self.torch} to {doing}: {line}") from failed
+
+
+class Part:
+    """A module that comes onto a device and leaves it. Its weights stay in host memory all the while."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.module = module
+        self._host = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
+        self._on: torch.device = torch.device("cpu")
+
+    def move(self, device: torch.device) -> None:
+        """Bring the weights to `device`; nothing happens where they are there already."""
+        if device == self._on:
+            return
+        for tensor, host in self._host:
+            tensor.data = host if device.type == "cpu" else host.to(device)
+        self._on = device

@@ -1,0 +1,92 @@
+"""What the farm asks of a family of models, and which code runs which family.
+
+A family turns prompts into embeddings, embeddings and noise into latents, latents into pixels. It knows nothing of
+jobs, files or threads; the engine calls it from one thread. Imports no torch, so that a family without it stays light.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from farm.modelcard import ModelCard
+from farm.plan import ImageSpec, Numerics
+
+StepCallback = Callable[[int, int], None]
+"""Called as (steps done, steps) after each step; what it raises ends the render and leaves the family clean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A prompt as its family's tokenizer cuts it, cut off at the card's `max_sequence_length`."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """An encoded prompt; `states` is the family's own."""
+
+    states: Any
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Pictures of one batch: `pixels` uint8, height x width x 3 each; `finite` is False where the floats were not."""
+
+    pixels: tuple[np.ndarray, ...]
+    finite: tuple[bool, ...]
+
+
+class Family(Protocol):
+    """One model, loaded on one device. `encodes_ahead`: the encoder leaves the device before denoising starts."""
+
+    encodes_ahead: bool
+
+    def load(self) -> None:
+        """Place and load. Raises ModelCardError for missing or broken weights, PlacementError for what cannot fit."""
+
+    def unload(self) -> None:
+        """Let go of all weights and device memory."""
+
+    def tokenize(self, prompt: str) -> Tokens:
+        """Cut a prompt into tokens; cheap."""
+
+    def bucket(self, positive: Tokens, negative: Tokens | None) -> Hashable:
+        """Return what two images must share, besides size and steps, to be denoised in one batch."""
+
+    def encode(self, tokens: Tokens) -> Embedding:
+        """Encode one prompt by itself, so that its embedding does not depend on its neighbours."""
+
+    def noise(self, specs: Sequence[ImageSpec]) -> Any:
+        """Draw each image's noise from its own seed."""
+
+    def denoise(
+        self,
+        specs: Sequence[ImageSpec],
+        noise: Any,
+        *,
+        positive: Sequence[Embedding],
+        negative: Sequence[Embedding],
+        on_step: StepCallback,
+    ) -> Any:
+        """Return the latents of a batch of one shape. `negative` is empty without guidance."""
+
+    def decode(self, latents: Any, spec: ImageSpec) -> Decoded:
+        """Turn the latents of a batch, all of the shape of `spec`, into pixels."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked of it."""
+
+
+def open_family(card: ModelCard, numerics: Numerics, *, device: str, vram_gib: float) -> Family:
+    """Return the family of a card, nothing loaded yet. `device` is torch's name of it: cpu, cuda or cuda:N."""
+    if card.family == "sleep":
+        from farm.models.sleep import SleepFamily
+
+        return SleepFamily()
+    from farm.models.zimage import ZImageFamily
+
+    return ZImageFamily(card, numerics, device=device, vram_gib=vram_gib)

@@ -1,0 +1,376 @@
+"""One shard, from its prompts to its receipt: render, write, climb down the failure ladder, commit.
+
+A batch that fails is rendered again as it was, then image by image; what fails alone becomes a failed row. Out of
+memory, a batch is halved. A store's error is nobody's row: it is raised, and no receipt is left. The receipt comes
+last, when every object that it names is stored; it exists or the shard never happened. Knows no leases and no Ray.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from farm import __version__
+from farm.engine import Batch, Engine, Picture, RenderStep
+from farm.errors import (
+    CancelledError,
+    ObjectMissingError,
+    OutOfMemoryError,
+    RendererDiedError,
+    RenderError,
+)
+from farm.lease import Stage
+from farm.ledger import Ledger
+from farm.models.family import Embedding, Tokens
+from farm.output import MAX_PENDING_BYTES, Names, Writer, Written
+from farm.plan import ImageSpec, Plan, card_identity
+from farm.prompts import PromptReader
+from farm.provenance import Provenance
+from farm.receipt import ImageRow, Receipt
+
+log = logging.getLogger(__name__)
+
+WAKE_S = 0.2
+"""How often a shard that waits for the device looks whether it was cancelled."""
+NAN_PICTURE = "nan_picture"
+NOT_WRITTEN = "not_written"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardProgress:
+    """Where a shard stands. `ticks` counts steps, prompts and stored pictures: it only grows while there is progress.
+
+    `fraction`: share of the work done, 0 to 1. `in_hand`: indexes of the batch on the device. `last_batch`: nothing
+    waits for the device after this. `announce`: these images may end the process; who keeps count should know first.
+    """
+
+    stage: Stage = "waiting"
+    ticks: int = 0
+    fraction: float = 0.0
+    in_hand: tuple[int, ...] = ()
+    last_batch: bool = False
+    announce: bool = False
+
+
+OnProgress = Callable[[ShardProgress], None]
+
+
+class ShardRunner:
+    """Renders shards of one plan, from several threads at once. `device` is what receipts call it."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        plan: Plan,
+        *,
+        renderer: str,
+        device: str,
+        max_pending_bytes: int = MAX_PENDING_BYTES,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ):
+        self._ledger = ledger
+        self.plan = plan
+        self._renderer = renderer
+        self._device = device
+        self._max_pending_bytes = max_pending_bytes
+        self._now = now
+        self._prompts = PromptReader(plan, ledger)
+        self._prompts_lock = threading.Lock()
+        self._model = card_identity(plan.card)
+
+    def run(
+        self,
+        *,
+        pass_number: int,
+        shard: int,
+        attempt: int,
+        engine: Callable[[Plan], Engine],
+        on_device: threading.Lock,
+        skip: frozenset[int] = frozenset(),
+        alone: frozenset[int] = frozenset(),
+        on_progress: OnProgress = lambda progress: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Receipt:
+        """Render a shard and commit its receipt; one that is there already is returned as it is.
+
+        `engine` gives the loaded engine of a plan and is called with `on_device` held; the lock is let go as soon as
+        the last batch is drawn, so that the next shard draws while this one's pictures are stored. `skip`: images that
+        become failed rows untried, since they ended their renderers. `alone`: images drawn outside their batch.
+
+        Raises CancelledError, StoreError, and what loading raises. No receipt is left then, and no thread.
+        """
+        try:
+            return self._ledger.receipt(self.plan, pass_number, shard)
+        except ObjectMissingError:
+            pass
+        plan = self.plan
+        started = time.perf_counter()
+        indexes = self._ledger.shard_indexes(plan, pass_number, shard)
+        with self._prompts_lock:
+            specs = self._prompts.specs(indexes)
+        draw = _Drawing(specs, skip=skip, alone=alone, on_progress=on_progress, cancelled=cancelled)
+        writer = Writer(
+            self._ledger.store,
+            plan.output,
+            names=Names(plan.job, plan.run, pass_number, attempt),
+            provenance=self._provenance,
+            max_pending_bytes=self._max_pending_bytes,
+            cancelled=cancelled,
+            on_written=draw.written,
+        )
+        with writer:
+            if draw.anything_to_draw:
+                _acquire(on_device, cancelled)
+                try:
+                    draw.all(lambda: engine(plan), writer)
+                finally:
+                    on_device.release()
+            draw.storing()
+            written = {file.spec.index: file for file in writer.finish()}
+        seconds = draw.seconds | {"write": writer.seconds, "total": time.perf_counter() - started}
+        receipt = Receipt(
+            job=plan.job,
+            run=plan.run,
+            pass_number=pass_number,
+            shard=shard,
+            start=shard * plan.shard_images,
+            stop=shard * plan.shard_images + len(specs),
+            attempt=attempt,
+            renderer=self._renderer,
+            device=self._device,
+            versions=plan.numerics.versions | {"farm": __version__, "pillow": version("pillow")},
+            finished_at=self._now().isoformat(timespec="seconds"),
+            seconds=seconds,
+            rows=tuple(self._row(spec, draw, written.get(spec.index), pass_number, attempt) for spec in specs),
+        )
+        if self._ledger.commit(plan, receipt):
+            return receipt
+        return self._ledger.receipt(plan, pass_number, shard)
+
+    def _provenance(self, spec: ImageSpec, pixels_sha256: str) -> Provenance:
+        plan = self.plan
+        return Provenance(
+            index=spec.index,
+            key=spec.key,
+            prompt=spec.prompt,
+            seed=spec.seed,
+            params=spec.params,
+            model=self._model,
+            numerics=plan.numerics,
+            plan=plan.digest,
+            format=plan.output.format,
+            quality=plan.output.quality,
+            pixels_sha256=pixels_sha256,
+        )
+
+    def _row(
+        self, spec: ImageSpec, draw: "_Drawing", written: Written | None, pass_number: int, attempt: int
+    ) -> ImageRow:
+        failure = draw.failures.get(spec.index)
+        if written is not None and written.error is not None:
+            failure = _Failure(NOT_WRITTEN, f"image {spec.index} could not be written: {written.error}")
+        done = written if failure is None else None
+        params = spec.params
+        return ImageRow(
+            index=spec.index,
+            key=spec.key,
+            prompt=spec.prompt,
+            negative_prompt=params.negative_prompt,
+            width=params.width,
+            height=params.height,
+            num_inference_steps=params.num_inference_steps,
+            guidance_scale=params.guidance_scale,
+            seed=spec.seed,
+            status="failed" if failure else "ok",
+            object=done.object if done else None,
+            thumbnail=done.thumbnail if done else None,
+            size_bytes=done.size_bytes if done else None,
+            sha256=done.sha256 if done else None,
+            phash=done.phash if done else None,
+            flag=done.flag if done else None,
+            error_code=failure.code if failure else None,
+            error_message=failure.message if failure else None,
+            pass_number=pass_number,
+            attempt=attempt,
+            alone=spec.index in draw.alone,
+            seconds=written.seconds if written else 0.0,
+            renderer=self._renderer,
+            device=self._device,
+            carry=spec.carry,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    code: str
+    message: str
+
+
+class _Drawing:
+    """A shard's way through the engine: what failed, what was drawn outside its batch, how far it is, how long it took.
+
+    `alone` and `failures` are by image index.
+    """
+
+    def __init__(
+        self,
+        specs: list[ImageSpec],
+        *,
+        skip: frozenset[int],
+        alone: frozenset[int],
+        on_progress: OnProgress,
+        cancelled: Callable[[], bool],
+    ):
+        self._specs = specs
+        self._skip = skip
+        self._ask_alone = alone
+        self._on_progress = on_progress
+        self._cancelled = cancelled
+        self._lock = threading.Lock()
+        self._progress = ShardProgress()
+        self._drawn = 0
+        self._ahead: dict[Tokens, Embedding] = {}
+        self.alone: set[int] = set()
+        self.failures = {
+            spec.index: _Failure(
+                RendererDiedError.code,
+                f"image {spec.index} ended every renderer that tried it; see the renderers' logs, then `farm retry`",
+            )
+            for spec in specs
+            if spec.index in skip
+        }
+        self.seconds = {"load": 0.0, "encode": 0.0, "denoise": 0.0, "decode": 0.0}
+
+    @property
+    def anything_to_draw(self) -> bool:
+        """False where every image is skipped."""
+        return len(self.failures) < len(self._specs)
+
+    def all(self, load: Callable[[], Engine], writer: Writer) -> None:
+        """Load the model where it is not, and draw every batch."""
+        self._show(stage="load")
+        started = time.perf_counter()
+        engine = load()
+        self.seconds["load"] = time.perf_counter() - started
+        planned = engine.batches(self._specs)
+        batches = [part for batch in planned for part in self._parts(batch)]
+        try:
+            self._ahead, took = engine.encode_ahead(batches, on_step=self._on_step, cancelled=self._cancelled)
+            self.seconds["encode"] += took
+        except RenderError as exc:
+            # Each batch encodes its own then, and the prompt that cannot be encoded fails with its batch.
+            log.warning("encoding ahead failed", extra={"reason": exc.message})
+        for number, batch in enumerate(batches, start=1):
+            sole = batch.indexes[0] in self._ask_alone
+            self._show(in_hand=batch.indexes, last_batch=number == len(batches), announce=sole)
+            self._draw(engine, batch, writer)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """Cut out what is to be skipped or drawn alone; whose batch is no longer the planned one is marked."""
+        indexes = batch.indexes
+        together = [i for i, index in enumerate(indexes) if index not in self._skip and index not in self._ask_alone]
+        single = [i for i, index in enumerate(indexes) if index in self._ask_alone and index not in self._skip]
+        if len(together) == len(indexes):
+            return [batch]
+        if len(indexes) > 1:
+            self.alone.update(indexes[i] for i in (*together, *single))
+        return [batch.part(places) for places in (together, *([i] for i in single)) if places]
+
+    def _draw(self, engine: Engine, batch: Batch, writer: Writer) -> None:
+        try:
+            self._try(engine, batch, writer)
+            return
+        except OutOfMemoryError as exc:
+            self._halve(engine, batch, writer, exc)
+            return
+        except RenderError as exc:
+            log.warning("batch failed, once again", extra={"images": batch.indexes, "reason": exc.message})
+        try:
+            self._try(engine, batch, writer)
+        except OutOfMemoryError as exc:
+            self._halve(engine, batch, writer, exc)
+        except RenderError as exc:
+            if len(batch.specs) == 1:
+                self._fail(batch, exc)
+                return
+            log.warning("batch failed twice, each image alone", extra={"images": batch.indexes, "reason": exc.message})
+            self.alone.update(batch.indexes)
+            for place in range(len(batch.specs)):
+                self._draw_alone(engine, batch.part([place]), writer)
+
+    def _draw_alone(self, engine: Engine, batch: Batch, writer: Writer) -> None:
+        self._show(in_hand=batch.indexes, announce=True)
+        try:
+            self._try(engine, batch, writer)
+        except RenderError as exc:
+            self._fail(batch, exc)
+
+    def _halve(self, engine: Engine, batch: Batch, writer: Writer, exc: OutOfMemoryError) -> None:
+        size = len(batch.specs)
+        if size == 1:
+            self._fail(batch, exc)
+            return
+        log.warning("no memory, batch halved", extra={"images": batch.indexes, "reason": exc.message})
+        self.alone.update(batch.indexes)
+        for places in (range(size // 2), range(size // 2, size)):
+            self._draw(engine, batch.part(places), writer)
+
+    def _fail(self, batch: Batch, exc: RenderError) -> None:
+        index = batch.indexes[0]
+        log.error("image failed", extra={"image": index, "code": exc.code, "reason": exc.message})
+        self.failures[index] = _Failure(exc.code, exc.message)
+        self._drawn += 1
+
+    def _try(self, engine: Engine, batch: Batch, writer: Writer) -> None:
+        def on_picture(picture: Picture) -> None:
+            if picture.nan:
+                index = picture.spec.index
+                self.failures[index] = _Failure(
+                    NAN_PICTURE,
+                    f"image {index} came out as no finite numbers (NaN); the model is not sound in this dtype or at "
+                    f"these parameters: change them, then `farm retry`",
+                )
+            else:
+                writer.put(picture)
+            self._drawn += 1
+
+        spent = engine.render_batch(
+            batch,
+            on_picture=on_picture,
+            on_step=self._on_step,
+            cancelled=self._cancelled,
+            ahead=self._ahead,
+            images_done=self._drawn,
+        )
+        for stage, took in spent.items():
+            self.seconds[stage] += took
+
+    def _on_step(self, step: RenderStep) -> None:
+        share = {"denoise": step.step / max(step.steps, 1), "decode": 1.0}.get(step.stage, 0.0)
+        self._show(stage=step.stage, fraction=(self._drawn + share * len(self._progress.in_hand)) / len(self._specs))
+
+    def storing(self) -> None:
+        """All is drawn; what is left waits for the store."""
+        self._show(stage="write", fraction=1.0, in_hand=(), last_batch=True)
+
+    def written(self) -> None:
+        """A picture is stored; called by the writer's threads."""
+        self._show()
+
+    def _show(self, **changes: object) -> None:
+        with self._lock:
+            before = self._progress
+            fresh: dict[str, Any] = {"announce": False, "ticks": before.ticks + 1} | changes
+            shown = replace(before, **fresh)
+            self._progress = shown
+        self._on_progress(shown)
+
+
+def _acquire(lock: threading.Lock, cancelled: Callable[[], bool]) -> None:
+    while not lock.acquire(timeout=WAKE_S):
+        if cancelled():
+            raise CancelledError("the shard was taken away while it waited for the device")
