@@ -1,0 +1,361 @@
+"""Hand out shards to renderers and take them back: the rules, without clock, network or storage.
+
+Every method is quick, blocks on nothing and is given the time (`now`, monotonic seconds). What is durable is decided by
+receipts alone: a shard is done when its receipt exists, whoever wrote it, so that forgetting everything here costs time
+and never truth.
+"""
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from farm.lease import LEASE_S, Ask, Completion, GiveBack, Hello, Lease, Reply, Report
+from farm.queue import Waiting, next_job
+from farm.retry import IDLE_DEATHS_BEFORE_STALL, Blame, after_failure
+from farm.run import FINALISE, RunEntry, RunState
+
+STAGE_LIMIT_S = {
+    "waiting": 3600.0,
+    "load": 1800.0,
+    "encode": 300.0,
+    "denoise": 600.0,
+    "decode": 300.0,
+    "write": 600.0,
+    "finalise": 3600.0,
+}
+"""Seconds without progress after which a lease expires though its renderer still answers."""
+RATE_WINDOW_S = 30.0
+"""Span of the measured images per second."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """A snapshot of a job's open pass. `fraction` counts the steps of shards in hand; `images_per_s` is of late."""
+
+    job: str
+    run: str
+    pass_number: int
+    state: str
+    images: int
+    done: int
+    failed: int
+    fraction: float
+    images_per_s: float | None
+    eta_s: float | None
+    renderers: int
+    renderers_busy: int
+    message: str | None
+    seconds: dict[str, float]
+
+
+@dataclass(slots=True)
+class _Held:
+    """A lease given out, and when it last showed life."""
+
+    lease: Lease
+    renderer: str
+    renewed_at: float
+    progressed_at: float
+    report: Report | None = None
+
+
+@dataclass(slots=True)
+class _Renderer:
+    incarnation: str
+    device: str
+    sequence: int = -1
+    answered: Lease | None = None
+    unfit: set[str] = field(default_factory=set)
+
+
+class Dispatch:
+    """Leases over a queue of runs."""
+
+    def __init__(self, *, epoch: str):
+        self.epoch = epoch
+        self._runs: dict[str, RunState] = {}
+        self._held: dict[str, _Held] = {}
+        self._renderers: dict[str, _Renderer] = {}
+        self._granted = 0
+
+    # Runs
+
+    def add(self, entry: RunEntry) -> None:
+        """Take up a run's open pass; one already known is left as it is, unless it is a later pass or was stopped."""
+        known = self._runs.get(entry.run)
+        if known and known.entry.pass_number == entry.pass_number and not (known.stopped or known.stalled):
+            return
+        if known:
+            self._drop_leases(known)
+        run = RunState(entry)
+        self._runs[entry.run] = run
+        for held in self._held.values():
+            if held.lease.run == entry.run and held.lease.pass_number == entry.pass_number:
+                self._attach(run, held.lease)
+
+    def stop(self, job: str, reason: str) -> tuple[tuple[str, str], ...]:
+        """Lease no more of a job; returns (renderer, token) of each lease that should end now."""
+        ended = []
+        for run in self._of(job):
+            if not run.finalised:
+                run.stopped = reason
+                ended += self._drop_leases(run)
+        return tuple(ended)
+
+    def unfinished(self) -> tuple[str, ...]:
+        """Names of the jobs with work that is not done, stopped or stalled."""
+        return tuple(sorted({r.entry.job for r in self._runs.values() if not (r.finalised or r.stopped or r.stalled)}))
+
+    # Renderers
+
+    def meet(self, hello: Hello, *, now: float) -> tuple[str, ...]:
+        """Know a renderer, and take over the leases that it holds; returns tokens that it should drop."""
+        known = self._renderers.get(hello.renderer)
+        if known and known.incarnation != hello.incarnation:
+            self.lost(hello.renderer, now=now)
+        self._renderers[hello.renderer] = _Renderer(hello.incarnation, hello.device)
+        refused = []
+        for lease in hello.held:
+            run = self._runs.get(lease.run)
+            taken = run is not None and run.held.get(lease.shard, lease.token) != lease.token
+            if taken or (run is not None and run.stopped):
+                refused.append(lease.token)
+                continue
+            self._held[lease.token] = _Held(lease, hello.renderer, now, now)
+            if run is not None:
+                self._attach(run, lease)
+        return tuple(refused)
+
+    def lost(self, renderer: str, *, now: float) -> None:
+        """A renderer's process ended: its leases go back at once, and what it had in hand is counted against."""
+        self._renderers.pop(renderer, None)
+        mine = [held for held in self._held.values() if held.renderer == renderer]
+        rendering = next((h for h in mine if h.report and h.report.in_hand), None)
+        for held in mine:
+            run = self._release(held)
+            if run is None or held.lease.task == "finalise":
+                continue
+            if held is rendering and held.report:
+                run.blame.setdefault(held.lease.shard, Blame()).died(held.report.in_hand)
+            elif rendering is None and held is mine[0]:
+                run.idle_deaths += 1
+            if run.idle_deaths >= IDLE_DEATHS_BEFORE_STALL:
+                run.stall(
+                    "renderer_died",
+                    f"renderers died {run.idle_deaths} times without finishing a batch of {run.entry.model}; "
+                    "look into the renderers' logs, check host and GPU memory, then render again",
+                )
+
+    # Leases
+
+    def ask(self, question: Ask, *, now: float) -> Reply:
+        """Answer a renderer's question for work. A lease of None means: nothing for you now."""
+        renderer = self._renderers.get(question.renderer)
+        if question.epoch != self.epoch or renderer is None or renderer.incarnation != question.incarnation:
+            return Reply(self.epoch, meet=True)
+        if question.sequence == renderer.sequence and renderer.answered and renderer.answered.token in self._held:
+            return Reply(self.epoch, renderer.answered)
+        lease = self._grant(question, renderer, now)
+        renderer.sequence, renderer.answered = question.sequence, lease
+        return Reply(self.epoch, lease)
+
+    def renew(self, renderer: str, reports: Iterable[Report], *, now: float) -> tuple[str, ...]:
+        """Keep leases alive and note their progress; returns tokens that are no longer the renderer's to work on."""
+        gone = []
+        for report in reports:
+            held = self._held.get(report.token)
+            if held is None or held.renderer != renderer:
+                gone.append(report.token)
+                continue
+            held.renewed_at = now
+            before = held.report
+            if before is None or report.ticks > before.ticks or report.stage != before.stage:
+                held.progressed_at = now
+            if before and before.in_hand and before.in_hand != report.in_hand:
+                self._batch_finished(held.lease)
+            held.report = report
+        return tuple(gone)
+
+    def complete(self, completion: Completion, *, now: float) -> tuple[tuple[str, str], ...]:
+        """A receipt exists. Honoured whatever became of the lease; returns (renderer, token) of twins to end."""
+        lease = completion.lease
+        held = self._held.get(lease.token)
+        if held:
+            self._release(held, give_back=False)
+        run = self._runs.get(lease.run)
+        if run is None or run.entry.pass_number != lease.pass_number:
+            return ()
+        run.failures, run.idle_deaths, run.message, run.not_before = 0, 0, None, 0.0
+        for stage, seconds in completion.seconds.items():
+            run.seconds[stage] = run.seconds.get(stage, 0.0) + seconds
+        if lease.task == "finalise":
+            run.finalised = True
+            return ()
+        if not run.done[lease.shard]:
+            run.done[lease.shard] = True
+            run.done_images += run.shard_size(lease.shard)
+            run.failed += completion.failed
+        run.blame.pop(lease.shard, None)
+        twin = self._held.get(run.held.pop(lease.shard, ""))
+        if twin is None:
+            return ()
+        self._release(twin, give_back=False)
+        return ((twin.renderer, twin.lease.token),)
+
+    def give_back(self, end: GiveBack, *, now: float) -> None:
+        """A renderer could not finish a lease. What follows is decided by `farm.retry`."""
+        held = self._held.get(end.lease.token)
+        if held is None:
+            return
+        run = self._release(held)
+        if run is None or end.code in ("cancelled", "retired"):
+            return
+        if run.failures == 0:
+            run.failing_since = now
+        run.failures += 1
+        decision = after_failure(end.code, in_a_row=run.failures, failing_for_s=now - run.failing_since)
+        run.message = end.message
+        if decision.action == "again":
+            run.not_before = now + decision.delay_s
+        elif decision.action == "stall":
+            run.stall(end.code, end.message)
+        else:
+            renderer = self._renderers.get(end.renderer)
+            if renderer:
+                renderer.unfit.add(run.entry.run)
+            if all(run.entry.run in other.unfit for other in self._renderers.values()):
+                run.stall(end.code, end.message)
+
+    def tick(self, *, now: float) -> tuple[tuple[str, str, str], ...]:
+        """Expire what shows no life and sample the speed; returns (renderer, token, why) of leases that expired.
+
+        `why` is `silent` (nothing was heard) or `stuck` (it answers, and nothing progresses).
+        """
+        expired = []
+        for held in list(self._held.values()):
+            limit_s = STAGE_LIMIT_S[held.report.stage] if held.report else LEASE_S
+            if now - held.renewed_at > LEASE_S:
+                expired.append((held.renderer, held.lease.token, "silent"))
+                self._release(held)
+            elif now - held.progressed_at > limit_s:
+                expired.append((held.renderer, held.lease.token, "stuck"))
+                self._release(held)
+        for run in self._runs.values():
+            run.samples.append((now, self._images_done(run)))
+            while run.samples and now - run.samples[0][0] > RATE_WINDOW_S:
+                run.samples.popleft()
+        return tuple(expired)
+
+    # Looking
+
+    def progress(self, job: str) -> JobProgress | None:
+        """Show the job's open pass: of its oldest run that is not finalised, or of its newest."""
+        runs = sorted(self._of(job), key=lambda run: run.entry.created_at)
+        if not runs:
+            return None
+        run = next((r for r in runs if not r.finalised), runs[-1])
+        busy = {h.renderer for h in self._held.values() if h.lease.run == run.entry.run}
+        done = self._images_done(run)
+        rate = None
+        if len(run.samples) >= 2 and run.samples[-1][0] > run.samples[0][0]:
+            rate = max(0.0, (run.samples[-1][1] - run.samples[0][1]) / (run.samples[-1][0] - run.samples[0][0]))
+        return JobProgress(
+            job=job,
+            run=run.entry.run,
+            pass_number=run.entry.pass_number,
+            state=run.state,
+            images=run.entry.images,
+            done=run.done_images,
+            failed=run.failed,
+            fraction=done / run.entry.images if run.entry.images else 1.0,
+            images_per_s=rate or None,
+            eta_s=(run.entry.images - done) / rate if rate else None,
+            renderers=len(self._renderers),
+            renderers_busy=len(busy),
+            message=run.stalled[1] if run.stalled else run.message,
+            seconds=dict(run.seconds),
+        )
+
+    def stall_code(self, job: str) -> str | None:
+        """The error code of what stalled a job, or None."""
+        return next((run.stalled[0] for run in self._of(job) if run.stalled), None)
+
+    # Inside
+
+    def _of(self, job: str) -> list[RunState]:
+        return [run for run in self._runs.values() if run.entry.job == job]
+
+    def _images_done(self, run: RunState) -> float:
+        done = float(run.done_images)
+        for token in run.held.values():
+            held = self._held[token]
+            done += held.report.fraction * held.lease.images if held.report else 0.0
+        return done
+
+    def _grant(self, question: Ask, renderer: _Renderer, now: float) -> Lease | None:
+        """Give the next piece of work, one at a time for each renderer and task it asks for."""
+        candidates = {
+            run.entry.run: run
+            for run in self._runs.values()
+            if run.entry.run not in renderer.unfit and now >= run.not_before and run.has_work()
+        }
+        chosen = next_job(
+            (Waiting(r.entry.run, r.entry.priority, r.entry.created_at, r.entry.model) for r in candidates.values()),
+            loaded_model=question.loaded_model,
+        )
+        if chosen is None:
+            return None
+        run = candidates[chosen.run]
+        entry = run.entry
+        shard = FINALISE if run.rendered else run.next_shard()
+        self._granted += 1
+        run.attempts[shard] = run.attempts.get(shard, 0) + 1
+        lease = Lease(
+            token=f"{self.epoch}-{self._granted}",
+            task="finalise" if shard == FINALISE else "render",
+            job=entry.job,
+            run=entry.run,
+            pass_number=entry.pass_number,
+            shard=shard,
+            images=0 if shard == FINALISE else run.shard_size(shard),
+            attempt=run.attempts[shard],
+        )
+        blame = run.blame.get(shard)
+        if blame:
+            lease = replace(lease, alone=frozenset(blame.alone), skip=frozenset(blame.skip))
+        self._held[lease.token] = _Held(lease, question.renderer, now, now)
+        self._attach(run, lease)
+        return lease
+
+    def _attach(self, run: RunState, lease: Lease) -> None:
+        if lease.task == "finalise":
+            run.finaliser = lease.token
+        else:
+            run.held[lease.shard] = lease.token
+        run.attempts[lease.shard] = max(run.attempts.get(lease.shard, 0), lease.attempt)
+
+    def _release(self, held: _Held, *, give_back: bool = True) -> RunState | None:
+        """End a lease; its shard waits again unless it is done. Returns the run, where it is still known."""
+        self._held.pop(held.lease.token, None)
+        run = self._runs.get(held.lease.run)
+        if run is None or run.entry.pass_number != held.lease.pass_number:
+            return None
+        if held.lease.task == "finalise":
+            if run.finaliser == held.lease.token:
+                run.finaliser = None
+        elif run.held.get(held.lease.shard) == held.lease.token:
+            del run.held[held.lease.shard]
+            if give_back and not run.done[held.lease.shard]:
+                heapq.heappush(run.returned, held.lease.shard)
+        return run
+
+    def _drop_leases(self, run: RunState) -> list[tuple[str, str]]:
+        mine = [held for held in self._held.values() if held.lease.run == run.entry.run]
+        for held in mine:
+            self._release(held)
+        return [(held.renderer, held.lease.token) for held in mine]
+
+    def _batch_finished(self, lease: Lease) -> None:
+        run = self._runs.get(lease.run)
+        if run is not None:
+            run.idle_deaths = 0

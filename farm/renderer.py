@@ -1,0 +1,261 @@
+"""What one renderer does: ask for leases, render them one at a time, store while the next one renders.
+
+Owns one device through one engine. The event loop asks, renews and answers; a thread renders; the writer's threads encode
+and upload. Knows nothing of Ray: the dispatcher is behind a `Link`. Nothing is done until its receipt is in the store, so
+every call to the dispatcher may fail, be repeated, or come too late, and nothing is lost by it.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from farm.engine import Engine
+from farm.errors import CancelledError, FarmError, FarmUnavailableError, RecordError
+from farm.export import finalise
+from farm.lease import RENEW_S, Ask, Completion, GiveBack, Hello, Lease, Reply, Report
+from farm.ledger import Ledger
+from farm.plan import Plan
+from farm.shard import ShardProgress, ShardRunner
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CALL_AGAIN_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+"""Pauses before a call to a dispatcher that did not answer is made again; the last repeats."""
+LEASES_HELD = 2
+"""One on the device, one whose pictures are still being stored."""
+
+RUNNERS_KEPT = 4
+
+
+class Link(Protocol):
+    """The dispatcher, as a renderer sees it. Every method raises FarmUnavailableError while it is away."""
+
+    async def meet(self, hello: Hello) -> tuple[str, ...]:
+        """Say hello; returns tokens of held leases to drop."""
+
+    async def ask(self, question: Ask) -> Reply:
+        """Wait for work, for some seconds at most."""
+
+    async def renew(self, renderer: str, reports: tuple[Report, ...]) -> tuple[str, ...]:
+        """Report on held leases; returns tokens to drop."""
+
+    async def complete(self, completion: Completion) -> None:
+        """Tell that a receipt is stored."""
+
+    async def give_back(self, end: GiveBack) -> None:
+        """Tell that a lease ended without a receipt."""
+
+
+@dataclass(slots=True)
+class _Task:
+    """A lease in hand. `asks_next` turns true when its last batch starts."""
+
+    lease: Lease
+    stop: threading.Event = field(default_factory=threading.Event)
+    progress: ShardProgress = field(default_factory=ShardProgress)
+    asks_next: bool = False
+
+
+class Renderer:
+    """One device's worker. `work` returns when it was retired and everything in hand has ended."""
+
+    def __init__(self, *, name: str, incarnation: str, device: str, vram_gib: float, ledger: Ledger, link: Link):
+        self.name = name
+        self._incarnation = incarnation
+        self._device = device
+        self._vram_gib = vram_gib
+        self._ledger = ledger
+        self._link = link
+        self._epoch = ""
+        self._sequence = 0
+        self._tasks: dict[str, _Task] = {}
+        self._changed = asyncio.Event()
+        self._retired = False
+        self._threads = ThreadPoolExecutor(LEASES_HELD, thread_name_prefix="shard")
+        self._on_device = threading.Lock()
+        self._engine: Engine | None = None
+        self._runners: OrderedDict[str, ShardRunner] = OrderedDict()
+        self._runners_lock = threading.Lock()
+
+    async def work(self) -> None:
+        """Ask for leases and serve them until retired."""
+        beat = asyncio.create_task(self._beat())
+        serving: set[asyncio.Task[None]] = set()
+        try:
+            while not self._retired:
+                if not self._has_room():
+                    self._changed.clear()
+                    await self._changed.wait()
+                    continue
+                lease = await self._ask()
+                if lease is not None and lease.token not in self._tasks:
+                    serving.add(served := asyncio.create_task(self._serve(lease)))
+                    served.add_done_callback(serving.discard)
+                    await asyncio.sleep(0)
+            await asyncio.gather(*serving)
+        finally:
+            beat.cancel()
+            self._threads.shutdown(wait=False)
+
+    def retire(self) -> None:
+        """Take no more leases, and give back those in hand within a denoising step."""
+        self._retired = True
+        for token in list(self._tasks):
+            self.drop(token)
+        self._changed.set()
+
+    def drop(self, token: str) -> None:
+        """Stop working on a lease that is no longer ours."""
+        task = self._tasks.get(token)
+        if task:
+            task.stop.set()
+
+    # The event loop's side
+
+    def _has_room(self) -> bool:
+        return len(self._tasks) < LEASES_HELD and all(task.asks_next for task in self._tasks.values())
+
+    async def _ask(self) -> Lease | None:
+        question = Ask(
+            self.name,
+            self._incarnation,
+            self._epoch,
+            self._sequence,
+            self._engine.card.name if self._engine else None,
+        )
+        reply = await self._call(lambda: self._link.ask(question))
+        if reply is None or reply.meet:
+            self._epoch = reply.epoch if reply else ""
+            await self._meet()
+            return None
+        self._sequence += 1
+        return reply.lease
+
+    async def _meet(self) -> None:
+        held = tuple(task.lease for task in self._tasks.values() if not task.stop.is_set())
+        hello = Hello(self.name, self._incarnation, self._device, held)
+        for token in await self._call(lambda: self._link.meet(hello)) or ():
+            self.drop(token)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            reports = tuple(_report(task) for task in self._tasks.values() if not task.stop.is_set())
+            if not reports:
+                continue
+            try:
+                for token in await self._link.renew(self.name, reports):
+                    self.drop(token)
+            except FarmUnavailableError:
+                log.info("renewal not answered", extra={"renderer": self.name})
+
+    async def _serve(self, lease: Lease) -> None:
+        task = _Task(lease)
+        self._tasks[lease.token] = task
+        loop = asyncio.get_running_loop()
+        try:
+            completion = await loop.run_in_executor(self._threads, self._work_on, task, loop)
+            await self._call(lambda: self._link.complete(completion))
+        except FarmError as exc:
+            code = "retired" if self._retired and isinstance(exc, CancelledError) else exc.code
+            await self._give_back(GiveBack(lease, self.name, code, exc.message))
+        except Exception as exc:
+            log.exception("lease failed", extra={"renderer": self.name, "job": lease.job, "shard": lease.shard})
+            await self._give_back(GiveBack(lease, self.name, "internal", f"{type(exc).__name__}: {exc}"))
+        finally:
+            del self._tasks[lease.token]
+            self._changed.set()
+
+    async def _give_back(self, end: GiveBack) -> None:
+        log.warning("lease given back", extra={"renderer": self.name, "code": end.code, "reason": end.message})
+        await self._call(lambda: self._link.give_back(end))
+
+    async def _call(self, call: Callable[[], Awaitable[T]]) -> T | None:
+        """Make a call until it is answered; None when retired meanwhile."""
+        tries = 0
+        while True:
+            try:
+                return await call()
+            except FarmUnavailableError:
+                if self._retired:
+                    return None
+                await asyncio.sleep(CALL_AGAIN_S[min(tries, len(CALL_AGAIN_S) - 1)])
+                tries += 1
+
+    # The threads' side
+
+    def _work_on(self, task: _Task, loop: asyncio.AbstractEventLoop) -> Completion:
+        lease = task.lease
+        runner = self._runner(lease)
+        if lease.task == "finalise":
+            task.progress = ShardProgress(stage="finalise")
+            totals = finalise(self._ledger, runner.plan, lease.pass_number)
+            return Completion(lease, self.name, totals.ok, totals.failed)
+
+        def on_progress(progress: ShardProgress) -> None:
+            task.progress = progress
+            if progress.last_batch and not task.asks_next:
+                task.asks_next = True
+                loop.call_soon_threadsafe(self._changed.set)
+            if progress.announce:
+                self._announce(task, loop)
+
+        receipt = runner.run(
+            pass_number=lease.pass_number,
+            shard=lease.shard,
+            attempt=lease.attempt,
+            skip=lease.skip,
+            alone=lease.alone,
+            engine=self._engine_for,
+            on_device=self._on_device,
+            on_progress=on_progress,
+            cancelled=task.stop.is_set,
+        )
+        failed = sum(row.status == "failed" for row in receipt.rows)
+        return Completion(lease, self.name, len(receipt.rows) - failed, failed, receipt.seconds)
+
+    def _announce(self, task: _Task, loop: asyncio.AbstractEventLoop) -> None:
+        """Let the dispatcher know what is in hand before it can end this process."""
+        report = _report(task)
+        asyncio.run_coroutine_threadsafe(self._call(lambda: self._link.renew(self.name, (report,))), loop).result(
+            timeout=RENEW_S * 5
+        )
+
+    def _runner(self, lease: Lease) -> ShardRunner:
+        """The runner of a lease's plan; the last few are kept, with the prompts that they have read."""
+        with self._runners_lock:
+            runner = self._runners.pop(lease.run, None) or self._open_runner(lease)
+            self._runners[lease.run] = runner
+            while len(self._runners) > RUNNERS_KEPT:
+                self._runners.popitem(last=False)
+            return runner
+
+    def _open_runner(self, lease: Lease) -> ShardRunner:
+        plan = next((plan for plan in self._ledger.plans(lease.job) if plan.run == lease.run), None)
+        if plan is None:
+            raise RecordError(f"job {lease.job}: run {lease.run} is leased and has no plan; was the job deleted?")
+        return ShardRunner(self._ledger, plan, renderer=self.name, device=self._device)
+
+    def _engine_for(self, plan: Plan) -> Engine:
+        """The engine for a plan's model and numerics; called with the device held. Another model's leaves first."""
+        if self._engine and (self._engine.card, self._engine.numerics) == (plan.card, plan.numerics):
+            return self._engine
+        if self._engine:
+            self._engine.unload()
+            self._engine = None
+        engine = Engine(plan.card, plan.numerics, self._device, self._vram_gib)
+        engine.load()
+        self._engine = engine
+        return engine
+
+
+def _report(task: _Task) -> Report:
+    progress = task.progress
+    return Report(task.lease.token, progress.stage, progress.ticks, progress.fraction, progress.in_hand)

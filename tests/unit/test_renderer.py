@@ -1,0 +1,235 @@
+"""A renderer beside a dispatcher in one process: the real rules, store, engine and receipts; only Ray is left out."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from farm.dispatch import Dispatch
+from farm.errors import FarmUnavailableError, StoreUnavailableError
+from farm.lease import Ask, Completion, GiveBack, Hello, Lease, Reply, Report
+from farm.ledger import Ledger, Totals
+from farm.plan import Plan, PromptTable
+from farm.rebuild import open_runs
+from farm.renderer import Renderer
+from farm.storage.local import LocalStore
+from farm.sweep import Template
+from tests.unit.finished_jobs import make_plan
+
+
+class InProcess:
+    """A link to a dispatcher in this process that can go away, and come back having forgotten everything."""
+
+    def __init__(self, ledger: Ledger, job: str):
+        self._ledger = ledger
+        self._job = job
+        self.away = False
+        self.restarts = 0
+        self.asked: list[Ask] = []
+        self.given_back: list[GiveBack] = []
+        self.completed: list[Lease] = []
+        self.restart()
+
+    def restart(self) -> None:
+        self.restarts += 1
+        self.dispatch = Dispatch(epoch=f"epoch-{self.restarts}")
+        for entry in open_runs(self._ledger, self._job):
+            self.dispatch.add(entry)
+
+    @property
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _answer(self) -> None:
+        if self.away:
+            raise FarmUnavailableError("away")
+
+    async def meet(self, hello: Hello) -> tuple[str, ...]:
+        self._answer()
+        return self.dispatch.meet(hello, now=self.now)
+
+    async def ask(self, question: Ask) -> Reply:
+        self._answer()
+        self.asked.append(question)
+        reply = self.dispatch.ask(question, now=self.now)
+        if reply.lease is None:
+            await asyncio.sleep(0.01)
+        return reply
+
+    async def renew(self, renderer: str, reports: tuple[Report, ...]) -> tuple[str, ...]:
+        self._answer()
+        return self.dispatch.renew(renderer, reports, now=self.now)
+
+    async def complete(self, completion: Completion) -> None:
+        self._answer()
+        self.completed.append(completion.lease)
+        self.dispatch.complete(completion, now=self.now)
+
+    async def give_back(self, end: GiveBack) -> None:
+        self._answer()
+        self.given_back.append(end)
+        self.dispatch.give_back(end, now=self.now)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """Sixteen images that take 10 ms each, in shards of four; their prompts are a template's."""
+    plan = make_plan(rows=8, seeds=2, shard_images=4)
+    card = plan.card.model_copy(
+        update={"defaults": plan.card.defaults.model_copy(update={"num_inference_steps": 1, "guidance_scale": 0.0})}
+    )
+    template = Template(text="shape {n}", vary={"n": tuple(str(n) for n in range(8))})
+    table = PromptTable(rows=8, parts=0, keyed=False, digest="0" * 64, template=template)
+    numerics = plan.numerics.model_copy(update={"versions": {}})
+    return plan.model_copy(update={"prompts": table, "card": card, "params": card.defaults, "numerics": numerics})
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, plan: Plan) -> Ledger:
+    ledger = Ledger(LocalStore(tmp_path / "store"))
+    ledger.open(plan.job)
+    assert ledger.create_plan(plan, 1)
+    return ledger
+
+
+def make_renderer(ledger: Ledger, link: InProcess, name: str = "renderer-0") -> Renderer:
+    return Renderer(name=name, incarnation="i", device="cpu", vram_gib=16, ledger=ledger, link=link)
+
+
+async def until(true: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not true():  # noqa: ASYNC110  (what it waits for has no event)
+            await asyncio.sleep(0.005)
+
+
+def run_until(true: Callable[[], object], *renderers: Renderer, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Let renderers work until something is true, then retire them."""
+
+    async def main() -> None:
+        works = [asyncio.create_task(renderer.work()) for renderer in renderers]
+        meanwhile()
+        await until(true)
+        for renderer in renderers:
+            renderer.retire()
+        await asyncio.wait_for(asyncio.gather(*works), 20)
+
+    asyncio.run(main())
+
+
+def test_a_job_is_rendered_finalised_and_known_as_done(ledger, plan):
+    link = InProcess(ledger, plan.job)
+    run_until(lambda: link.dispatch.progress(plan.job).state == "done", make_renderer(ledger, link))
+    assert ledger.done_shards(plan, 1).all()
+    assert [row.index for row in ledger.rows(plan)] == list(range(16))
+    assert ledger.totals(plan).ok == 16
+    assert [lease.task for lease in link.completed] == ["render"] * 4 + ["finalise"]
+    assert link.given_back == []
+
+
+def test_two_renderers_share_a_job(ledger, plan):
+    link = InProcess(ledger, plan.job)
+    pair = [make_renderer(ledger, link, "a"), make_renderer(ledger, link, "b")]
+    run_until(lambda: link.dispatch.progress(plan.job).state == "done", *pair)
+    assert {row.renderer for row in ledger.rows(plan)} == {"a", "b"}
+    assert sorted(lease.shard for lease in link.completed) == [-1, 0, 1, 2, 3]
+
+
+def test_a_dispatcher_that_forgot_everything_is_told_what_is_held(ledger, plan):
+    link = InProcess(ledger, plan.job)
+    restarted = []
+
+    def disturb() -> None:
+        if link.completed and not restarted:
+            link.restart()
+            restarted.append(True)
+
+    def done() -> bool:
+        disturb()
+        progress = link.dispatch.progress(plan.job)
+        return progress is None or progress.state == "done"
+
+    run_until(done, make_renderer(ledger, link))
+    assert restarted
+    assert link.given_back == []
+    assert {row.attempt for row in ledger.rows(plan)} == {1}
+
+
+def test_receipts_written_while_the_dispatcher_is_away_are_delivered_when_it_is_back(ledger, plan):
+    link = InProcess(ledger, plan.job)
+
+    def done() -> bool:
+        link.away = len(link.asked) > 1 and not ledger.done_shards(plan, 1)[0]
+        return link.dispatch.progress(plan.job).state == "done"
+
+    run_until(done, make_renderer(ledger, link))
+    assert sorted(lease.shard for lease in link.completed) == [-1, 0, 1, 2, 3]
+    assert ledger.totals(plan).ok == 16
+
+
+def test_a_store_error_gives_the_lease_back_with_its_code_and_leaves_no_receipt(ledger, plan, monkeypatch):
+    link = InProcess(ledger, plan.job)
+    monkeypatch.setattr(
+        LocalStore, "create", lambda self, key, data, **_: (_ for _ in ()).throw(StoreUnavailableError("gone away"))
+    )
+    run_until(lambda: link.given_back, make_renderer(ledger, link))
+    assert (link.given_back[0].code, link.given_back[0].message) == ("store_unavailable", "gone away")
+    assert not ledger.done_shards(plan, 1).any()
+
+
+def test_a_dropped_lease_ends_within_a_step_and_blames_nobody(ledger, plan):
+    slow = plan.model_copy(
+        update={"params": plan.params.model_copy(update={"num_inference_steps": 500}), "run": "11111111"}
+    )
+    assert ledger.create_plan(slow, 2)
+    ledger.put_totals(plan, 1, _totals())
+    link = InProcess(ledger, plan.job)
+    renderer = make_renderer(ledger, link)
+    dropped = []
+
+    def done() -> bool:
+        if not dropped and renderer._tasks and any(t.progress.stage == "denoise" for t in renderer._tasks.values()):
+            dropped.extend(link.dispatch.stop(plan.job, "cancelled"))
+            for _, token in dropped:
+                renderer.drop(token)
+        return bool(link.given_back)
+
+    run_until(done, renderer)
+    assert {end.code for end in link.given_back} == {"cancelled"}
+    assert link.dispatch.progress(plan.job).state == "cancelled"
+
+
+def test_a_retired_renderer_gives_back_what_it_holds(ledger, plan):
+    link = InProcess(ledger, plan.job)
+    run_until(lambda: link.asked, make_renderer(ledger, link))
+    assert {end.code for end in link.given_back} <= {"retired"}
+    assert all(np.isin([lease.shard for lease in link.completed], range(4)))
+
+
+def test_a_plan_made_for_other_versions_is_left_to_others_with_both_versions_named(ledger, plan):
+    old = plan.model_copy(
+        update={"numerics": plan.numerics.model_copy(update={"versions": {"numpy": "0.1"}}), "run": "22222222"}
+    )
+    assert ledger.create_plan(old, 2)
+    ledger.put_totals(plan, 1, _totals())
+    link = InProcess(ledger, plan.job)
+    run_until(lambda: link.dispatch.stall_code(plan.job), make_renderer(ledger, link))
+    assert link.dispatch.stall_code(plan.job) == "numerics"
+    assert "numpy 0.1" in link.dispatch.progress(plan.job).message
+
+
+def _totals() -> Totals:
+    return Totals(
+        images=16,
+        ok=16,
+        failed=0,
+        flagged=0,
+        failures_by_code={},
+        bytes=0,
+        seconds={},
+        renderers=1,
+        started_at="2026-01-01T00:00:00+00:00",
+        finished_at="2026-01-01T00:00:01+00:00",
+        wall_seconds=1.0,
+    )
