@@ -1,0 +1,284 @@
+"""Finalise a pass: compact the receipts of all passes into the dataset, draw the contact sheet, write the totals.
+
+Reads receipts and pictures, writes objects that follow from them alone: doing it twice, or two doing it at once, gives
+the same objects. Totals come last, since they close the pass. Memory is flat: one part of the dataset at a time.
+"""
+
+import heapq
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from farm.errors import ControlError, ObjectMissingError, RecordError
+from farm.ledger import Ledger
+from farm.plan import Plan
+from farm.prefetch import in_order
+from farm.receipt import COLUMNS, ImageRow, Receipt, rows_to_table
+from farm.records import Totals
+from farm.sheet import Tile, draw_sheet, spread
+
+log = logging.getLogger(__name__)
+
+PART_ROWS = 100_000
+CHUNK_ROWS = 10_000
+FILE_NAME = "file_name"
+THUMBNAIL_OVER_PX = 256  # pictures longer than this are shown on the sheet by their thumbnails
+SHEET_THREADS = 8
+
+_JSON = {b"farm": b"json"}
+
+
+def finalise(ledger: Ledger, plan: Plan, pass_number: int) -> Totals:
+    """Write dataset parts, contact sheet and totals of a pass whose shards are all done, and return the totals.
+
+    Raises ControlError where shards are missing, RecordError where receipts and plan disagree.
+    """
+    for number in range(1, pass_number + 1):
+        done = ledger.done_shards(plan, number)
+        if not done.all():
+            lacking = np.flatnonzero(~done)
+            raise ControlError(
+                f"job {plan.job} cannot be finalised: pass {number} lacks {len(lacking)} of {len(done)} receipts, the "
+                f"first that of shard {int(lacking[0])}; farm render goes on with it"
+            )
+    tally = _Tally(passes=[_Span() for _ in range(pass_number)])
+    wanted = set(spread(plan.images))
+    shown: list[ImageRow] = []
+    parts = _DatasetParts(ledger, plan)
+    for row in _rows(ledger, plan, pass_number, tally):
+        tally.add_row(row)
+        parts.add(row)
+        if row.index in wanted:
+            shown.append(row)
+    images = tally.ok + tally.failed
+    if images != plan.images:
+        raise RecordError(
+            f"job {plan.job}: the receipts have {images} images, the plan {plan.images}; farm verify shows which lack"
+        )
+    parts.finish()
+    totals = tally.totals()
+    ledger.store.put(sheet_key(plan), _draw(ledger, plan, shown, totals), content_type="image/png")
+    ledger.put_totals(plan, pass_number, totals)
+    log.info("finalised", extra={"job": plan.job, "pass_number": pass_number, "ok": totals.ok, "failed": totals.failed})
+    return totals
+
+
+def run_prefix(plan: Plan) -> str:
+    """Return the prefix, ending in `/`, of all objects of a run."""
+    return f"jobs/{plan.job}/{plan.run}/"
+
+
+def sheet_key(plan: Plan) -> str:
+    """Return the key of a run's contact sheet."""
+    return f"{run_prefix(plan)}sheet.png"
+
+
+def dataset_prefix(plan: Plan) -> str:
+    """Return the prefix of a run's dataset parts."""
+    return f"{run_prefix(plan)}dataset/"
+
+
+# Rows and sums
+
+
+@dataclass(slots=True)
+class _Span:
+    """When the work of one pass began and ended."""
+
+    started: datetime | None = None
+    finished: datetime | None = None
+
+    def add(self, receipt: Receipt) -> None:
+        finished = datetime.fromisoformat(receipt.finished_at)
+        started = finished - timedelta(seconds=receipt.seconds.get("total", 0.0))
+        self.started = min(self.started or started, started)
+        self.finished = max(self.finished or finished, finished)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Sums over receipts and rows."""
+
+    passes: list[_Span]
+    ok: int = 0
+    failed: int = 0
+    flagged: int = 0
+    size_bytes: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    renderers: set[str] = field(default_factory=set)
+
+    def add_receipt(self, receipt: Receipt) -> None:
+        self.passes[receipt.pass_number - 1].add(receipt)
+        self.renderers.add(receipt.renderer)
+        for stage, seconds in receipt.seconds.items():
+            self.seconds[stage] += seconds  # type: ignore[assignment]
+
+    def add_row(self, row: ImageRow) -> None:
+        if row.status == "failed":
+            self.failed += 1
+            self.failures[row.error_code or "unknown"] += 1
+        else:
+            self.ok += 1
+            self.flagged += row.flag is not None
+            self.size_bytes += row.size_bytes or 0
+
+    def totals(self) -> Totals:
+        spans = [(span.started, span.finished) for span in self.passes if span.started and span.finished]
+        return Totals(
+            images=self.ok + self.failed,
+            ok=self.ok,
+            failed=self.failed,
+            flagged=self.flagged,
+            failures_by_code=dict(self.failures.most_common()),
+            bytes=self.size_bytes,
+            seconds={stage: round(float(seconds), 3) for stage, seconds in self.seconds.items()},
+            renderers=len(self.renderers),
+            started_at=spans[0][0].isoformat(),
+            finished_at=max(finished for _, finished in spans).isoformat(),
+            wall_seconds=round(sum((finished - started).total_seconds() for started, finished in spans), 3),
+        )
+
+
+def _rows(ledger: Ledger, plan: Plan, passes: int, tally: _Tally) -> Iterator[ImageRow]:
+    """Yield what `ledger.rows` does, and count the receipts on the way, so that each is read once."""
+
+    def of_pass(number: int) -> Iterator[ImageRow]:
+        for receipt in ledger.receipts(plan, number, threads=4):
+            tally.add_receipt(receipt)
+            yield from receipt.rows
+
+    with ExitStack() as stack:
+        ordered = [stack.enter_context(closing(of_pass(number))) for number in range(1, passes + 1)]  # type: ignore[type-var]
+        last = -1
+        for row in heapq.merge(*ordered, key=lambda row: (row.index, -row.pass_number)):
+            if row.index != last:
+                last = row.index
+                yield row
+
+
+# The dataset
+
+
+class _DatasetParts:
+    """Cuts a stream of rows into Parquet objects that all have one schema.
+
+    A carried column's type shows only in its values. A part is written with the types known by then; should a later
+    part widen one (null to text, whole to broken numbers), the earlier parts are written again at the end.
+    """
+
+    def __init__(self, ledger: Ledger, plan: Plan):
+        self._ledger = ledger
+        self._plan = plan
+        self._rows: list[ImageRow] = []
+        self._chunks: list[pa.Table] = []
+        self._carried: dict[str, pa.Field] = {}
+        self._written: list[dict[str, pa.Field]] = []
+
+    def add(self, row: ImageRow) -> None:
+        self._rows.append(row)
+        if len(self._rows) >= CHUNK_ROWS:
+            self._cut()
+            if sum(chunk.num_rows for chunk in self._chunks) >= PART_ROWS:
+                self._write()
+
+    def finish(self) -> None:
+        """Write what is left, bring all parts to one schema, and remove parts of an earlier, longer dataset."""
+        if self._rows:
+            self._cut()
+        if self._chunks:
+            self._write()
+        store = self._ledger.store
+        for number, carried in enumerate(self._written):
+            if carried != self._carried:
+                table = pq.read_table(pa.BufferReader(store.get(self._key(number))))
+                self._put(number, _with_carried(table, self._carried))
+        kept = {self._key(number) for number in range(len(self._written))}
+        for info in store.list(dataset_prefix(self._plan)):
+            if info.key not in kept:
+                store.delete(info.key)
+
+    def _cut(self) -> None:
+        table = _without_clashes(rows_to_table(self._rows))
+        for place in range(len(COLUMNS), table.num_columns):
+            found = table.schema.field(place)
+            self._carried[found.name] = _widened(self._carried.get(found.name), found)
+        prefix = run_prefix(self._plan)
+        names = [row.object and row.object.removeprefix(prefix) for row in self._rows]
+        self._chunks.append(table.append_column(FILE_NAME, pa.array(names, type=pa.string())))
+        self._rows = []
+
+    def _write(self) -> None:
+        part = pa.concat_tables(_with_carried(chunk, self._carried) for chunk in self._chunks)
+        self._put(len(self._written), part)
+        self._written.append(dict(self._carried))
+        self._chunks = []
+
+    def _put(self, number: int, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", row_group_size=CHUNK_ROWS)
+        data = sink.getvalue().to_pybytes()
+        self._ledger.store.put(self._key(number), data, content_type="application/vnd.apache.parquet")
+
+    def _key(self, number: int) -> str:
+        return f"{dataset_prefix(self._plan)}part-{number:05d}.parquet"
+
+
+def _without_clashes(table: pa.Table) -> pa.Table:
+    """Rename a carried column that has the name of the dataset's own `file_name`."""
+    return table.rename_columns([f"carried_{name}" if name == FILE_NAME else name for name in table.schema.names])
+
+
+def _widened(known: pa.Field | None, found: pa.Field) -> pa.Field:
+    """The field that holds the values of both: null gives way, numbers become floats, what else differs JSON text."""
+    if known is None or pa.types.is_null(known.type) or known.equals(found, check_metadata=True):
+        return found
+    if pa.types.is_null(found.type):
+        return known
+    if not (known.metadata or found.metadata) and {known.type, found.type} == {pa.int64(), pa.float64()}:
+        return pa.field(found.name, pa.float64())
+    return pa.field(found.name, pa.string(), metadata=_JSON)
+
+
+def _with_carried(table: pa.Table, carried: dict[str, pa.Field]) -> pa.Table:
+    """Return the table with its carried columns of these types, in this order, before `file_name`."""
+    own = table.select(list(COLUMNS))
+    for name, wanted in carried.items():
+        if name not in table.schema.names:
+            own = own.append_column(wanted, pa.nulls(table.num_rows, wanted.type))
+            continue
+        column, is_now = table.column(name), table.schema.field(name)
+        if wanted.metadata and not is_now.metadata:
+            texts = [None if value is None else json.dumps(value) for value in column.to_pylist()]
+            column = pa.array(texts, type=pa.string())
+        own = own.append_column(wanted, column.cast(wanted.type, safe=False))
+    return own.append_column(FILE_NAME, table.column(FILE_NAME))
+
+
+# The contact sheet
+
+
+def _draw(ledger: Ledger, plan: Plan, rows: Sequence[ImageRow], totals: Totals) -> bytes:
+    def tile(row: ImageRow) -> Tile:
+        small = row.thumbnail if max(row.width, row.height) > THUMBNAIL_OVER_PX else None
+        key = small or row.object
+        try:
+            return Tile(row, ledger.store.get(key) if key and row.status == "ok" else None)
+        except ObjectMissingError:
+            return Tile(row, None)
+
+    said = [f"{totals.images:,} image{'s' if totals.images > 1 else ''}"]
+    if totals.failed:
+        said.append(f"{totals.failed:,} failed")
+    if len(rows) < totals.images:
+        said.append(f"{len(rows)} of them shown")
+    said += [plan.card.title, totals.finished_at[:10]]
+    return draw_sheet(plan.job, " · ".join(said), list(in_order(tile, rows, threads=SHEET_THREADS)))

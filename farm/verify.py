@@ -1,0 +1,259 @@
+"""Compare every row of a job with its object, its receipts with the plan, and its dataset with the receipts.
+
+Reads everything again and believes nothing: a finding is something that a reader of the dataset would trip over.
+Objects that no row names (left by twins and interrupted shards) are counted and are no finding. Memory is flat.
+"""
+
+import hashlib
+import io
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from farm.errors import ObjectMissingError, RecordError
+from farm.export import dataset_prefix, run_prefix
+from farm.ledger import Ledger
+from farm.plan import Plan
+from farm.prefetch import in_order
+from farm.receipt import ImageRow, Receipt
+
+SEEN_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as the records say. `kind` is stable; `index` is the image's, where it is about one."""
+
+    kind: str
+    message: str
+    index: int | None = None
+    object: str | None = None
+
+
+@dataclass(slots=True)
+class Verification:
+    """What was looked at and what was found. `orphans` is None where only a sample was looked at."""
+
+    job: str
+    run: str
+    images: int
+    rows: int = 0
+    ok: int = 0
+    failed: int = 0
+    checked: int = 0
+    bytes_read: int = 0
+    orphans: int | None = None
+    findings: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+
+Report = Callable[[Finding], None]
+
+
+def verify(
+    ledger: Ledger,
+    plan: Plan,
+    *,
+    sample: int | None = None,
+    seed: int = 0,
+    threads: int = 8,
+    report: Report = lambda finding: None,
+    progress: Callable[[Verification], None] = lambda verification: None,
+) -> Verification:
+    """Verify one run of a job; `report` gets each finding as it is made.
+
+    All records are compared; with `sample`, only so many images, drawn by `seed`, are read. Raises StoreError where the
+    store itself fails, since then nothing can be said.
+    """
+    result = Verification(plan.job, plan.run, plan.images)
+
+    def found(finding: Finding) -> None:
+        result.findings[finding.kind] += 1
+        report(finding)
+
+    chosen = None
+    if sample is not None and sample < plan.images:
+        chosen = set(random.Random(seed).sample(range(plan.images), sample))
+    mark = _Mark()
+    existing = 0
+
+    def to_read() -> Iterator[ImageRow]:
+        for row in _effective_rows(ledger, plan, found):
+            result.rows += 1
+            mark.add(row.index, row.object, row.sha256)
+            if row.status == "failed":
+                result.failed += 1
+            else:
+                result.ok += 1
+                if chosen is None or row.index in chosen:
+                    yield row
+
+    for checked in in_order(lambda row: _check_picture(ledger, row), to_read(), threads=threads):
+        result.checked += 1
+        result.bytes_read += checked.size_bytes
+        existing += checked.exists
+        for finding in checked.findings:
+            found(finding)
+        progress(result)
+    if result.rows != plan.images and not result.findings:
+        found(Finding("rows", f"{result.rows} rows for {plan.images} images"))
+    _check_dataset(ledger, plan, result, mark, found)
+    if chosen is None:
+        stored = sum(1 for _ in ledger.store.list(f"{run_prefix(plan)}images/"))
+        result.orphans = max(0, stored - existing)
+    return result
+
+
+class _Mark:
+    """A sum over rows that does not depend on their order: two sets of rows with equal marks are equal."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def add(self, index: int, key: str | None, sha256: str | None) -> None:
+        text = f"{index}\0{key}\0{sha256}".encode()
+        self.value = (self.value + int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())) & SEEN_MASK
+
+
+def _effective_rows(ledger: Ledger, plan: Plan, found: Report) -> Iterator[ImageRow]:
+    """Yield each image's row of the latest pass that has one; report receipts that lack, or contradict the plan."""
+    last = ledger.passes(plan)
+    done = {number: ledger.done_shards(plan, number) for number in range(1, last + 1)}
+    later = np.empty(0, dtype=np.int64)
+    for number in range(last, 0, -1):
+        missing = np.flatnonzero(~done[number])
+        if len(missing):
+            found(_missing_receipts(ledger, plan, number, missing))
+        taken = []
+        for shard in np.flatnonzero(done[number]):
+            receipt = _read_receipt(ledger, plan, number, int(shard), found)
+            if receipt is None:
+                continue
+            if number > 1:
+                taken.append(np.fromiter((row.index for row in receipt.rows), dtype=np.int64))
+            for row in receipt.rows:
+                if not _contains(later, row.index):
+                    yield row
+        later = np.sort(np.concatenate([later, *taken]))
+
+
+def _missing_receipts(ledger: Ledger, plan: Plan, number: int, missing: NDArray[np.int64]) -> Finding:
+    first = ledger.shard_indexes(plan, number, int(missing[0]))
+    shards = ledger.pass_shards(plan, number)
+    return Finding(
+        "receipt_missing",
+        f"pass {number}: {len(missing)} of {shards} shards have no receipt, the first is shard {missing[0]} "
+        f"(images {first[0]} to {first[-1]}); farm render goes on with them",
+        index=int(first[0]),
+    )
+
+
+def _read_receipt(ledger: Ledger, plan: Plan, number: int, shard: int, found: Report) -> Receipt | None:
+    try:
+        receipt = ledger.receipt(plan, number, shard)
+    except (RecordError, ObjectMissingError) as exc:
+        found(Finding("receipt_unreadable", f"pass {number}, shard {shard}: {exc.message}"))
+        return None
+    expected = [int(index) for index in ledger.shard_indexes(plan, number, shard)]
+    if [row.index for row in receipt.rows] != expected:
+        found(
+            Finding(
+                "receipt_rows",
+                f"pass {number}, shard {shard}: its {len(receipt.rows)} rows are not the plan's {len(expected)} images "
+                f"{expected[0]} to {expected[-1]}",
+                index=expected[0],
+            )
+        )
+        return None
+    for row in receipt.rows:
+        place, _, slot = plan.locate(row.index)
+        if row.seed != plan.seeds.seed(place, row.key, slot):
+            found(Finding("seed", f"image {row.index} has seed {row.seed}, not the plan's", index=row.index))
+    return receipt
+
+
+def _contains(ordered: NDArray[np.int64], index: int) -> bool:
+    at = int(np.searchsorted(ordered, index))
+    return at < len(ordered) and bool(ordered[at] == index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    exists: bool
+    size_bytes: int
+    findings: tuple[Finding, ...]
+
+
+def _check_picture(ledger: Ledger, row: ImageRow) -> _Checked:
+    """Read one picture again. Raises StoreError unless it is merely not there."""
+
+    def finding(kind: str, message: str, key: str | None = row.object) -> Finding:
+        return Finding(kind, f"image {row.index}: {message}", row.index, key)
+
+    if row.object is None:
+        return _Checked(False, 0, (finding("object_missing", "its row names no object and is not failed"),))
+    try:
+        data = ledger.store.get(row.object)
+    except ObjectMissingError:
+        return _Checked(False, 0, (finding("object_missing", f"{row.object} is not there"),))
+    findings = []
+    if len(data) != row.size_bytes:
+        findings.append(finding("size", f"{row.object} has {len(data)} bytes, its row says {row.size_bytes}"))
+    if (actual := hashlib.sha256(data).hexdigest()) != row.sha256:
+        findings.append(finding("sha256", f"{row.object} has sha256 {actual}, its row says {row.sha256}"))
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            size = picture.size
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as exc:
+        findings.append(finding("picture", f"{row.object} does not decode: {exc}"))
+    else:
+        if size != (row.width, row.height):
+            findings.append(
+                finding("dimensions", f"{row.object} is {size[0]}x{size[1]}, its row says {row.width}x{row.height}")
+            )
+    if row.thumbnail is not None and ledger.store.head(row.thumbnail) is None:
+        findings.append(finding("thumbnail_missing", f"{row.thumbnail} is not there", row.thumbnail))
+    return _Checked(True, len(data), tuple(findings))
+
+
+def _check_dataset(ledger: Ledger, plan: Plan, result: Verification, rows: _Mark, found: Report) -> None:
+    """Each index exactly once, in order, and the rows those of the receipts."""
+    number = ledger.passes(plan)
+    if ledger.totals(plan, number) is None:
+        if "receipt_missing" not in result.findings:
+            found(Finding("dataset_missing", "all shards are done, the dataset is not written; farm render writes it"))
+        return
+    mark = _Mark()
+    expected = 0
+    for info in ledger.store.list(dataset_prefix(plan)):
+        try:
+            part = pq.ParquetFile(io.BytesIO(ledger.store.get(info.key)))
+            batches = part.iter_batches(columns=["index", "object", "sha256"])
+            for batch in batches:
+                for row in batch.to_pylist():
+                    if row["index"] != expected:
+                        message = f"{info.key}: image {row['index']} stands where {expected} should"
+                        found(Finding("dataset_rows", message, index=row["index"]))
+                        return
+                    mark.add(row["index"], row["object"], row["sha256"])
+                    expected += 1
+        except (OSError, ValueError, KeyError) as exc:
+            found(Finding("dataset_unreadable", f"{info.key} does not read as Parquet: {exc}", object=info.key))
+            return
+    if expected != plan.images:
+        found(Finding("dataset_rows", f"the dataset has {expected} rows for {plan.images} images"))
+    elif mark.value != rows.value and not result.findings:
+        found(
+            Finding("dataset_rows", "the dataset's rows are not the receipts'; `farm verify --rewrite` writes it again")
+        )

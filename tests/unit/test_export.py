@@ -1,0 +1,126 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from farm import export
+from farm.errors import ControlError
+from farm.export import finalise
+from tests.unit.finished_jobs import commit_shard, make_job, make_ledger, make_plan
+
+
+def read_dataset(ledger, plan) -> pa.Table:
+    parts = [pq.read_table(pa.BufferReader(ledger.store.get(key))) for key in dataset_keys(ledger, plan)]
+    return pa.concat_tables(parts)
+
+
+def dataset_keys(ledger, plan) -> list[str]:
+    return [info.key for info in ledger.store.list(f"jobs/{plan.job}/{plan.run}/dataset/")]
+
+
+def test_dataset_has_a_row_per_image_in_order_failed_ones_too(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path, failed={3})
+    table = read_dataset(ledger, plan)
+    assert table["index"].to_pylist() == list(range(10))
+    assert table["status"].to_pylist().count("failed") == 1
+    assert table["error_code"].to_pylist()[3] == "render"
+    assert table["object"].to_pylist()[3] is None
+
+
+def test_file_name_is_the_objects_key_below_the_run(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path, failed={3})
+    names = read_dataset(ledger, plan)["file_name"].to_pylist()
+    assert names[0].startswith("images/000000/000000000.p1a1-")
+    assert (tmp_path / "jobs" / plan.job / plan.run / names[0]).is_file()
+    assert names[3] is None
+
+
+def test_totals_sum_up_receipts_and_close_the_pass(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path, failed={3})
+    totals = ledger.totals(plan)
+    assert totals is not None
+    assert (totals.images, totals.ok, totals.failed) == (10, 9, 1)
+    assert totals.failures_by_code == {"render": 1}
+    assert totals.seconds == {"denoise": 12.0, "write": 1.5, "total": 15.0}
+    assert totals.started_at == "2026-11-21T10:00:05+00:00"
+    assert totals.finished_at == "2026-11-21T10:02:10+00:00"
+    assert totals.wall_seconds == 125.0
+    assert totals.renderers == 1
+
+
+def test_finalising_twice_leaves_the_same_objects(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path)
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    finalise(ledger, plan, 1)
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+def test_a_later_pass_replaces_the_rows_that_it_has(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path, failed={3, 7})
+    ledger.open_pass(plan, 2, np.array([3, 7]))
+    commit_shard(ledger, plan, 0, pass_number=2, failed={7})
+    totals = finalise(ledger, plan, 2)
+    table = read_dataset(ledger, plan)
+    assert table["index"].to_pylist() == list(range(10))
+    assert [table["status"][3].as_py(), table["pass_number"][3].as_py()] == ["ok", 2]
+    assert [table["status"][7].as_py(), table["pass_number"][7].as_py()] == ["failed", 2]
+    assert (totals.ok, totals.failed) == (9, 1)
+    assert totals.wall_seconds == 125.0 + 5.0
+
+
+def test_an_unfinished_pass_is_not_finalised(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path, shards=2)
+    with pytest.raises(ControlError, match=r"pass 1 lacks 1 of 3 receipts, the first that of shard 2; farm render"):
+        finalise(ledger, plan, 1)
+    assert dataset_keys(ledger, plan) == []
+    assert ledger.totals(plan) is None
+
+
+def test_the_dataset_is_cut_into_parts_and_stale_parts_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(export, "PART_ROWS", 4)
+    ledger, plan = make_job(tmp_path)
+    assert [key[-13:] for key in dataset_keys(ledger, plan)] == ["00000.parquet", "00001.parquet", "00002.parquet"]
+    monkeypatch.setattr(export, "PART_ROWS", 100)
+    finalise(ledger, plan, 1)
+    assert [key[-13:] for key in dataset_keys(ledger, plan)] == ["00000.parquet"]
+    assert read_dataset(ledger, plan)["index"].to_pylist() == list(range(10))
+
+
+def test_carried_columns_have_one_type_in_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(export, "PART_ROWS", 4)
+    ledger, plan = make_ledger(tmp_path), make_plan()
+    first = {index: {"source": None, "score": 1, "mixed": "a"} for index in range(8)}
+    later = {index: {"source": "web", "score": 0.5, "mixed": 3} for index in range(8, 10)}
+    for shard in range(plan.shards):
+        commit_shard(ledger, plan, shard, carry=first | later)
+    finalise(ledger, plan, 1)
+    schemas = {str(pq.read_schema(pa.BufferReader(ledger.store.get(key)))) for key in dataset_keys(ledger, plan)}
+    assert len(schemas) == 1
+    table = read_dataset(ledger, plan)
+    assert table["source"].to_pylist() == [None] * 8 + ["web"] * 2
+    assert table["score"].to_pylist() == [1.0] * 8 + [0.5] * 2
+    assert table["mixed"].to_pylist() == ['"a"'] * 8 + ["3"] * 2
+
+
+def test_a_carried_column_called_file_name_keeps_its_values_under_another_name(tmp_path: Path) -> None:
+    ledger, plan = make_ledger(tmp_path), make_plan(rows=1, seeds=1)
+    commit_shard(ledger, plan, 0, carry={0: {"file_name": "theirs.png"}})
+    finalise(ledger, plan, 1)
+    table = read_dataset(ledger, plan)
+    assert table["carried_file_name"].to_pylist() == ["theirs.png"]
+    assert table["file_name"].to_pylist()[0].startswith("images/")
+
+
+def test_the_contact_sheet_is_a_picture_even_where_one_is_missing(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path, failed={3})
+    next(tmp_path.rglob("000000005*.png")).unlink()
+    finalise(ledger, plan, 1)
+    with Image.open(io.BytesIO(ledger.store.get(f"jobs/{plan.job}/{plan.run}/sheet.png"))) as sheet:
+        assert sheet.width > 800
+        assert sheet.height > 300

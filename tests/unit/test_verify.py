@@ -1,0 +1,146 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from farm.errors import StoreUnavailableError
+from farm.export import finalise
+from farm.verify import Finding, Verification, verify
+from tests.unit.finished_jobs import commit_shard, make_job, picture_bytes
+
+
+def verified(ledger, plan, **options) -> tuple[Verification, list[Finding]]:
+    findings: list[Finding] = []
+    return verify(ledger, plan, threads=2, report=findings.append, **options), findings
+
+
+def picture_of(folder: Path, index: int) -> Path:
+    return next(folder.rglob(f"{index:09d}.*.png"))
+
+
+def test_a_whole_job_is_sound(tmp_path: Path) -> None:
+    result, findings = verified(*make_job(tmp_path, failed={3}))
+    assert findings == []
+    assert result.sound
+    assert (result.rows, result.ok, result.failed, result.checked, result.orphans) == (10, 9, 1, 9, 0)
+    assert result.bytes_read == sum(len(picture_bytes(index)) for index in range(10) if index != 3)
+
+
+def test_a_missing_picture_is_found(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path)
+    picture_of(tmp_path, 4).unlink()
+    result, findings = verified(ledger, plan)
+    assert [(finding.kind, finding.index) for finding in findings] == [("object_missing", 4)]
+    assert findings[0].message.endswith("is not there")
+    assert not result.sound
+
+
+def test_a_changed_picture_is_found_by_size_hash_and_decoding(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path)
+    cut, swapped, resized = (picture_of(tmp_path, index) for index in (1, 2, 6))
+    cut.write_bytes(cut.read_bytes()[:-40])
+    swapped.write_bytes(picture_bytes(200))
+    Image.new("RGB", (32, 64)).save(resized)
+    _, findings = verified(ledger, plan)
+    kinds = {index: sorted(one.kind for one in findings if one.index == index) for index in (1, 2, 6)}
+    assert kinds[1] == ["picture", "sha256", "size"]
+    assert "sha256" in kinds[2]
+    assert "dimensions" in kinds[6]
+    assert any("is 32x64, its row says 64x64" in finding.message for finding in findings)
+
+
+def test_a_sample_reads_only_so_many_pictures_and_says_nothing_of_orphans(tmp_path: Path) -> None:
+    result, findings = verified(*make_job(tmp_path), sample=3, seed=7)
+    assert findings == []
+    assert (result.rows, result.checked, result.orphans) == (10, 3, None)
+
+
+def test_an_unfinished_job_lacks_receipts(tmp_path: Path) -> None:
+    _, findings = verified(*make_job(tmp_path, shards=1))
+    assert [finding.kind for finding in findings] == ["receipt_missing"]
+    assert findings[0].message == (
+        "pass 1: 2 of 3 shards have no receipt, the first is shard 1 (images 4 to 7); farm render goes on with them"
+    )
+
+
+def test_a_damaged_receipt_is_a_finding_and_the_rest_is_still_looked_at(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path)
+    next(tmp_path.rglob("receipts/0001/*1.parquet")).write_bytes(b"not parquet")
+    result, findings = verified(ledger, plan)
+    assert [finding.kind for finding in findings] == ["receipt_unreadable"]
+    assert result.checked == 6
+
+
+def test_a_row_with_another_seed_than_the_plans_is_found(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path, shards=0)
+    other = plan.model_copy(update={"seeds": plan.seeds.model_copy(update={"root": 9})})
+    for shard in range(plan.shards):
+        commit_shard(ledger, other, shard)
+    finalise(ledger, plan, 1)
+    result, _ = verified(ledger, plan)
+    assert dict(result.findings) == {"seed": 10}
+
+
+def test_objects_that_no_row_names_are_counted_and_no_finding(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path)
+    ledger.store.put(f"jobs/{plan.job}/{plan.run}/images/000000/000000001.p1a2-00000000.png", picture_bytes(1))
+    result, findings = verified(ledger, plan)
+    assert findings == []
+    assert result.orphans == 1
+
+
+def test_a_later_pass_is_what_counts(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path, failed={3, 7})
+    ledger.open_pass(plan, 2, np.array([3, 7]))
+    commit_shard(ledger, plan, 0, pass_number=2)
+    finalise(ledger, plan, 2)
+    result, findings = verified(ledger, plan)
+    assert findings == []
+    assert (result.rows, result.ok, result.failed) == (10, 10, 0)
+
+
+def rewrite_dataset(ledger, plan, change) -> None:
+    key = f"jobs/{plan.job}/{plan.run}/dataset/part-00000.parquet"
+    table = change(pq.read_table(pa.BufferReader(ledger.store.get(key))))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    ledger.store.put(key, sink.getvalue().to_pybytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.slice(0, 9), "the dataset has 9 rows for 10 images"),
+        (lambda table: pa.concat_tables([table.slice(0, 1), table]), "image 0 stands where 1 should"),
+        (lambda table: table.take([0, 2, 1, *range(3, 10)]), "image 2 stands where 1 should"),
+        (
+            lambda table: table.set_column(
+                table.schema.get_field_index("sha256"), table.schema.field("sha256"), pa.array(["0" * 64] * 10)
+            ),
+            "the dataset's rows are not the receipts'; `farm verify --rewrite` writes it again",
+        ),
+    ],
+)
+def test_a_dataset_that_is_not_the_receipts_rows_is_found(tmp_path: Path, change, message: str) -> None:
+    ledger, plan = make_job(tmp_path)
+    rewrite_dataset(ledger, plan, change)
+    _, findings = verified(ledger, plan)
+    assert [finding.kind for finding in findings] == ["dataset_rows"]
+    assert message in findings[0].message
+
+
+def test_a_store_that_goes_away_is_an_error_and_no_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, plan = make_job(tmp_path)
+    real = ledger.store.get
+
+    def get(key: str) -> bytes:
+        if "/images/" in key:
+            raise StoreUnavailableError("no answer")
+        return real(key)
+
+    monkeypatch.setattr(ledger.store, "get", get)
+    with pytest.raises(StoreUnavailableError, match="no answer"):
+        verified(ledger, plan)
