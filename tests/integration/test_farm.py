@@ -1,0 +1,221 @@
+"""The whole farm as a person runs it: `farm render` on real Ray actors, on models that sleep or sketch.
+
+Each command is a process of its own; what is killed is found below it, by process id.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from farm.ledger import Ledger
+from farm.receipt import ImageRow
+from farm.settings import load_settings
+from farm.storage.opening import open_store
+from tests.chaos import end, title
+
+FARM = Path(sys.executable).parent / "farm"
+SLEEP_CARD = """\
+name: sleep
+title: Sleeps
+family: sleep
+source: {path: .}
+licence: none
+dtypes: {cpu: [float32]}
+batch: {cpu: 2}
+defaults: {width: 64, height: 64, num_inference_steps: 5, guidance_scale: 0}
+max_steps: 1000
+"""
+
+
+class Terminal:
+    """A person's terminal: a store, a folder with manifests, and the processes that they started."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.store = folder / "store"
+        self.env = os.environ | {
+            "FARM_STORE": str(self.store),
+            "FARM_MODELS": str(folder / "models"),
+            "FARM_RUNTIME_DIR": str(folder / "runtime"),
+        }
+        (folder / "models").mkdir()
+        (folder / "models" / "sleep.yaml").write_text(SLEEP_CARD)
+        self._started: list[psutil.Popen] = []
+
+    def manifest(self, name: str, text: str) -> Path:
+        path = self.folder / f"{name}.yaml"
+        path.write_text(f"name: {name}\n{text}")
+        return path
+
+    def start(self, *arguments: object) -> psutil.Popen:
+        command = [str(FARM), *map(str, arguments)]
+        pipe = subprocess.PIPE
+        process = psutil.Popen(command, env=self.env, cwd=self.folder, stdout=pipe, stderr=pipe, text=True)
+        self._started.append(process)
+        return process
+
+    def run(self, *arguments: object, code: int = 0) -> tuple[str, str]:
+        """Run a command to its end; returns stdout and stderr."""
+        out, err = self.start(*arguments).communicate(timeout=240)
+        assert self._started[-1].returncode == code, f"exit {self._started[-1].returncode}\n{out}\n{err}"
+        return out, err
+
+    def rows(self, job: str) -> list[ImageRow]:
+        ledger = self.ledger()
+        return [row for plan in ledger.plans(job) for row in ledger.rows(plan)]
+
+    def ledger(self) -> Ledger:
+        return Ledger(open_store(str(self.store), load_settings()))
+
+    def receipts(self, job: str) -> int:
+        return len(list(self.store.glob(f"jobs/{job}/*/receipts/*/*")))
+
+    def close(self) -> None:
+        for process in self._started:
+            family = [process, *children(process)]
+            for member in family:
+                if member.is_running():
+                    end(member.pid)
+            process.communicate()
+
+
+def children(process: psutil.Popen) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def until(true: Callable[[], object], *, seconds: float = 90.0) -> None:
+    stop = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < stop, "it did not come to that"
+        time.sleep(0.05)
+
+
+def find(process: psutil.Popen, name: str) -> list[psutil.Process]:
+    return [child for child in children(process) if title(child).startswith(name)]
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    terminal = Terminal(tmp_path)
+    yield terminal
+    terminal.close()
+
+
+SLEEPY = "model: sleep\nprompts: [a, b, c]\nseeds: {{count: {count}, from: slot}}\nparams: {{num_inference_steps: {steps}}}\n"
+
+
+def test_a_manifest_becomes_pictures_receipts_a_dataset_and_a_sheet(terminal):
+    manifest = terminal.manifest(
+        "first", "model: sketch\nprompts: [a red circle, a blue star]\nseeds: {count: 4, from: key}\n"
+    )
+    out, err = terminal.run("render", manifest)
+    rows = terminal.rows("first")
+    assert [row.index for row in rows] == list(range(8))
+    assert {row.status for row in rows} == {"ok"}
+    assert all((terminal.store / row.object).is_file() for row in rows)
+    assert "8 images of 8" in out
+    assert "sheet.png" in out
+    sheet = next(terminal.store.glob("jobs/first/*/sheet.png"))
+    assert sheet.stat().st_size > 1000
+    assert list(terminal.store.glob("jobs/first/*/dataset/part-*.parquet"))
+    terminal.run("verify", "first")
+    out, _ = terminal.run("reproduce", terminal.store / rows[0].object, "--json")
+    assert json.loads(out)["identical"] is True
+    _, err = terminal.run("render", manifest)
+    assert "nothing is left to render" in err
+
+
+def test_a_killed_renderer_costs_time_and_nothing_else(terminal):
+    manifest = terminal.manifest("killed", SLEEPY.format(count=20, steps=20))
+    farm = terminal.start("render", manifest, "--renderers", 2)
+    until(lambda: terminal.receipts("killed") >= 2)
+    end(find(farm, "ray::Renderer")[0].pid)
+    _, err = farm.communicate(timeout=200)
+    assert farm.returncode == 0, err
+    rows = terminal.rows("killed")
+    assert [row.index for row in rows] == list(range(60))
+    assert {row.status for row in rows} == {"ok"}
+
+
+def test_a_killed_dispatcher_comes_back_and_its_renderers_keep_their_shards(terminal):
+    manifest = terminal.manifest("headless", SLEEPY.format(count=20, steps=20))
+    farm = terminal.start("render", manifest, "--renderers", 2)
+    until(lambda: terminal.receipts("headless") >= 2)
+    renderers = {process.pid for process in find(farm, "ray::Renderer")}
+    end(find(farm, "ray::Dispatcher")[0].pid)
+    before = terminal.receipts("headless")
+    until(lambda: terminal.receipts("headless") >= before + 3)
+    assert {process.pid for process in find(farm, "ray::Renderer")} == renderers
+    _, err = farm.communicate(timeout=200)
+    assert farm.returncode == 0, err
+    assert {row.attempt for row in terminal.rows("headless")} == {1}
+
+
+def test_ctrl_c_leaves_a_job_that_the_same_command_goes_on_with_and_no_process(terminal):
+    manifest = terminal.manifest("stopped", SLEEPY.format(count=20, steps=20))
+    farm = terminal.start("render", manifest)
+    until(lambda: terminal.receipts("stopped") >= 2)
+    family = children(farm)
+    farm.send_signal(signal.SIGINT)
+    _, err = farm.communicate(timeout=60)
+    assert farm.returncode == 130
+    assert f"farm render {manifest}" in err
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
+    stored = {path.name: path.stat().st_mtime for path in terminal.store.glob("jobs/stopped/*/receipts/*/*")}
+    terminal.run("render", manifest, "--renderers", 2)
+    kept = {path.name: path.stat().st_mtime for path in terminal.store.glob("jobs/stopped/*/receipts/*/*")}
+    assert stored.items() <= kept.items()
+    assert len(terminal.rows("stopped")) == 60
+
+
+def test_a_second_command_attaches_and_the_first_stays_until_both_are_done(terminal):
+    first = terminal.start("render", terminal.manifest("one", SLEEPY.format(count=12, steps=20)))
+    until(lambda: terminal.receipts("one") >= 1)
+    second = terminal.start("render", terminal.manifest("two", SLEEPY.format(count=24, steps=20)))
+    _, first_err = first.communicate(timeout=200)
+    _, second_err = second.communicate(timeout=200)
+    assert (first.returncode, second.returncode) == (0, 0), first_err + second_err
+    assert len(terminal.rows("one")) == 36
+    assert len(terminal.rows("two")) == 72
+    assert find(second, "raylet") == []
+
+
+def test_cancel_stops_a_running_job_and_render_goes_on_with_it(terminal):
+    manifest = terminal.manifest("dropped", SLEEPY.format(count=20, steps=40))
+    farm = terminal.start("render", manifest)
+    until(lambda: terminal.receipts("dropped") >= 1)
+    terminal.run("cancel", "dropped")
+    _, err = farm.communicate(timeout=60)
+    assert farm.returncode == 8, err
+    assert terminal.receipts("dropped") < 10
+    terminal.run("render", manifest, "--renderers", 2)
+    assert len(terminal.rows("dropped")) == 60
+
+
+def test_a_store_that_becomes_unwritable_stops_the_job_with_its_error_and_a_later_render_goes_on(terminal):
+    manifest = terminal.manifest("walled", SLEEPY.format(count=20, steps=20))
+    farm = terminal.start("render", manifest)
+    until(lambda: terminal.receipts("walled") >= 2)
+    images = next(terminal.store.glob("jobs/walled/*/images"))
+    images.rename(images.with_name("away"))
+    images.write_text("a file where a folder was")
+    _, err = farm.communicate(timeout=100)
+    assert farm.returncode == 3, err
+    assert "images" in err.splitlines()[-1]
+    images.unlink()
+    images.with_name("away").rename(images)
+    terminal.run("render", manifest)
+    terminal.run("verify", "walled")
+    assert len(terminal.rows("walled")) == 60
