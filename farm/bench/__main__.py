@@ -1,0 +1,23 @@
+"""`python -m farm.bench`: every benchmark that needs no GPU, one after another; a JSON line last."""
+
+import json
+
+from farm.bench import planning, scaling, throughput
+from farm.bench.environment import environment
+
+
+def main() -> None:
+    print("Throughput of one renderer beside its peers\n")
+    peers = throughput.measure(images=256, rounds=3)
+    print(throughput.table(peers))
+    print("\nMany renderers, each only sleeping\n")
+    renderers = scaling.measure(counts=(1, 2, 4, 8, 16, 32), images_each=40)
+    print(scaling.table(renderers))
+    print("\nPlanning and resuming ten million images\n")
+    plans = planning.measure()
+    print(planning.table(plans))
+    print(json.dumps({"environment": environment(), "throughput": peers, "scaling": renderers, "planning": plans}))
+
+
+if __name__ == "__main__":
+    main()
