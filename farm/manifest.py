@@ -106,6 +106,11 @@ class PromptTemplate(Section):
             raise _fault("is blank; write a text with {variables}")
         return value
 
+    @property
+    def drawn_once(self) -> bool:
+        """Whether rows depend on a root that the manifest leaves to chance."""
+        return self.seed is None and (self.draw is not None or "|" in self.template)
+
 
 def _prompts_kind(value: Any) -> str:
     if isinstance(value, PromptTemplate) or (isinstance(value, dict) and {"template", "vary", "draw"} & value.keys()):

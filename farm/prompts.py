@@ -86,7 +86,7 @@ def read_template(prompts: PromptTemplate, *, root: int, open_store: StoreOpener
         vary=vary,
         combine=prompts.combine,
         draw=prompts.draw,
-        root=root if prompts.seed is None else prompts.seed,
+        root=root if prompts.drawn_once else prompts.seed or 0,
     )
 
 

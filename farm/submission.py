@@ -92,8 +92,7 @@ def draft(request: Request, ledger: Ledger | None = None) -> Draft:
     seeds = request.manifest.seeds
     drawn = (isinstance(seeds, tuple) and -1 in seeds) or (isinstance(seeds, SeedCount) and seeds.rule == "random")
     prompts = request.manifest.prompts
-    if isinstance(prompts, PromptTemplate) and prompts.seed is None:
-        drawn = drawn or prompts.draw is not None or "|" in prompts.template
+    drawn = drawn or (isinstance(prompts, PromptTemplate) and prompts.drawn_once)
     return Draft(
         plan=plan,
         first=tuple(first),

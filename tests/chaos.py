@@ -43,7 +43,7 @@ prompts:
     color: [red, green, yellow, pink]
     shape: [circle, square, star, heart]
     back: [white, blue, black]
-seeds: {{count: {seeds}, from: key}}
+seeds: {{count: {seeds}, from: slot}}
 params: {{num_inference_steps: {steps}}}
 """
 PROMPTS = 48
@@ -221,13 +221,15 @@ def run(*, seed: int, kills: int, images: int, renderers: int, steps: int, folde
     manifest.write_text(MANIFEST.format(seeds=max(1, images // PROMPTS), steps=steps))
     base = os.environ | {"FARM_RUNTIME_DIR": str(folder / "runtime")}
     calm_store = str(folder / "calm")
-    subprocess.run(
+    calm = subprocess.run(
         [FARM, "render", manifest, "--renderers", str(renderers)],
-        check=True,
         env=base | {"FARM_STORE": calm_store},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    if calm.returncode:
+        raise SystemExit(f"the undisturbed run ended with {calm.returncode}:\n{calm.stderr}")
     server = Server(folder / "s3")
     server.start()
     try:

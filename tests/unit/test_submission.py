@@ -434,3 +434,12 @@ def test_template_fault_names_its_line(bench: Bench) -> None:
     with pytest.raises(ManifestError) as caught:
         bench.submit(HEAD + "prompts:\n  template: 'a {c}'\n")
     assert caught.value.message.startswith(f"{bench.folder}/m.yaml:4: prompts.template: variable {{c}} has no values")
+
+
+def test_only_a_template_with_draws_has_a_root_of_its_own(bench: Bench) -> None:
+    plain = bench.submit(HEAD + "prompts: {template: 'a {x}', vary: {x: [b, c]}}\n").plan
+    drawn = bench.submit("name: drawn\nmodel: shapes\nprompts: {template: 'a {b|c}'}\n").plan
+    assert plain.prompts.template is not None
+    assert drawn.prompts.template is not None
+    assert plain.prompts.template.root == 0
+    assert drawn.prompts.template.root > 0

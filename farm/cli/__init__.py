@@ -1,0 +1,1 @@
+"""The `farm` command. Heavy imports happen inside commands, so that `farm --help` answers at once."""

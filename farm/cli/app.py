@@ -1,0 +1,52 @@
+"""The `farm` command: its groups of commands put together, and how it starts and ends."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from farm import __version__
+from farm.cli import datasets, jobs, machine, plan, render
+from farm.cli.exits import EPILOG, Exit
+from farm.cli.terminal import print_error
+
+app = typer.Typer(
+    name="farm",
+    help="Render manifests of prompts with diffusion models, on every GPU there is, into a bucket or a folder.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for group in (render, plan, jobs, datasets, machine):
+    group.register(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"farm {__version__}")
+        raise typer.Exit(0)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. `arguments` are sys.argv's where they are left out."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        ended = typer.main.get_command(app).main(arguments, prog_name="farm", standalone_mode=False)
+    except TyperException as error:
+        print_error("usage", f"{error.format_message()} Try `farm --help`.", as_json="--json" in arguments)
+        return int(Exit.INPUT)
+    return int(ended or 0)

@@ -1,0 +1,78 @@
+"""Exit codes: the one place where an error becomes one."""
+
+from enum import IntEnum
+
+from farm.errors import (
+    CancelledError,
+    FarmError,
+    FarmUnavailableError,
+    InputError,
+    JobFailedError,
+    NumericsError,
+    PlacementError,
+    RendererDiedError,
+    RenderError,
+    StoreError,
+    VerifyError,
+)
+
+
+class Exit(IntEnum):
+    """What a script may rely on."""
+
+    OK = 0
+    UNEXPECTED = 1
+    INPUT = 2
+    STORE = 3
+    MODEL = 4
+    IMAGES_FAILED = 5
+    UNAVAILABLE = 6
+    DIFFERENT = 7
+    CANCELLED = 8
+    INTERRUPTED = 130
+    BROKEN_PIPE = 141
+
+
+MEANINGS = {
+    Exit.OK: "done",
+    Exit.UNEXPECTED: "an error that should not be: run again with -v for the traceback",
+    Exit.INPUT: "bad input: a flag, a manifest, a prompt file, a setting",
+    Exit.STORE: "the store: away, refused, full, or a record in it is damaged",
+    Exit.MODEL: "the model cannot run here, or not as the job was planned",
+    Exit.IMAGES_FAILED: "the job ended and some images failed",
+    Exit.UNAVAILABLE: "the farm cannot be started or reached, or no renderer lives",
+    Exit.DIFFERENT: "verify or reproduce found differences, doctor found a fault",
+    Exit.CANCELLED: "the job was cancelled before it was done",
+    Exit.INTERRUPTED: "interrupted; the same command goes on",
+}
+
+EPILOG = "Exit codes:\n" + "\n".join(f"{int(code):>4}  {meaning}" for code, meaning in MEANINGS.items())
+
+# The first class that fits counts.
+_CODES: tuple[tuple[type[FarmError], Exit], ...] = (
+    (InputError, Exit.INPUT),
+    (StoreError, Exit.STORE),
+    (VerifyError, Exit.DIFFERENT),
+    (CancelledError, Exit.CANCELLED),
+    (JobFailedError, Exit.IMAGES_FAILED),
+    (FarmUnavailableError, Exit.UNAVAILABLE),
+    (RendererDiedError, Exit.UNAVAILABLE),
+    (NumericsError, Exit.MODEL),
+    (PlacementError, Exit.MODEL),
+    (RenderError, Exit.MODEL),
+)
+
+
+def exit_code(error: FarmError) -> Exit:
+    """Return the exit code of an error of the farm."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), Exit.UNEXPECTED)
+
+
+def exit_code_of(code: str) -> Exit:
+    """Return the exit code of an error that is known by its stable `code` only."""
+    kinds: list[type[FarmError]] = [FarmError]
+    for kind in kinds:
+        if kind.code == code:
+            return exit_code(kind(code))
+        kinds.extend(kind.__subclasses__())
+    return Exit.UNEXPECTED

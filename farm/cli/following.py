@@ -1,0 +1,170 @@
+"""Follow a job of a live farm with a progress line: a bar on a terminal, a plain line now and then elsewhere.
+
+Knows nothing of Ray or the store: it asks for snapshots until the job is in no running state.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
+from typing import TYPE_CHECKING, Protocol
+
+from farm.cli.exits import Exit
+from farm.cli.terminal import note
+from farm.cli.wording import duration, rate
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from farm.dispatch import JobProgress
+
+RUNNING = frozenset({"waiting", "running", "finalising"})
+LOOK_EVERY_S = 0.25
+PLAIN_EVERY_S = 5.0
+
+Ask = Callable[[], "JobProgress"]
+
+
+class Line(Protocol):
+    """Where progress is shown."""
+
+    def show(self, progress: "JobProgress") -> None:
+        """Show a snapshot."""
+
+
+class PlainLine:
+    """A line on stderr when the state changes, and every few seconds: for logs and pipes."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._state = ""
+        self._shown_at = 0.0
+
+    def show(self, progress: "JobProgress") -> None:
+        """Print the snapshot if one is due."""
+        now = self._clock()
+        if progress.state == self._state and now - self._shown_at < PLAIN_EVERY_S:
+            return
+        self._state, self._shown_at = progress.state, now
+        if progress.state in RUNNING:
+            note(sentence(progress))
+
+
+class BarLine:
+    """One live line at the foot of a terminal."""
+
+    def __init__(self, bars: "Progress", job: str):
+        self._bars = bars
+        self._task: TaskID = bars.add_task(job, total=1.0, said="")
+
+    def show(self, progress: "JobProgress") -> None:
+        """Move the bar."""
+        self._bars.update(self._task, completed=progress.fraction, said=measures(progress))
+
+
+def follow(
+    ask: Ask, *, line: Line, sleep: Callable[[float], None] = time.sleep, every_s: float = LOOK_EVERY_S
+) -> "JobProgress":
+    """Show snapshots until the job runs no more; returns the last. A new message (store away, ...) gets a line."""
+    message: str | None = None
+    while True:
+        progress = ask()
+        if progress.message != message and progress.message and progress.state in RUNNING:
+            note(f"note: {progress.message}")
+        message = progress.message
+        line.show(progress)
+        if progress.state not in RUNNING:
+            return progress
+        sleep(every_s)
+
+
+@contextmanager
+def progress_line(job: str, *, quiet: bool = False) -> Iterator[Line]:
+    """Give the line that suits stderr: a live bar on a terminal, plain lines elsewhere or where `quiet` is set."""
+    if quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield PlainLine()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+    bars = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=28),
+        TextColumn("{task.fields[said]}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
+        refresh_per_second=8,
+    )
+    with bars:
+        yield BarLine(bars, job)
+
+
+def measures(progress: "JobProgress") -> str:
+    """Images done, speed, time left, renderers busy: `12/43 images · 2.1 images/s · 15 s left · 1/1 renderers busy`.
+
+    Of shards in hand as many images count as their steps make up, so that the line moves before the first receipt.
+    """
+    rendered = max(progress.done, int(progress.fraction * progress.images))
+    said = [f"{rendered:,}/{progress.images:,} images"]
+    if progress.failed:
+        said.append(f"{progress.failed:,} failed")
+    if progress.state == "finalising":
+        return " · ".join([*said, "writing the dataset"])
+    said.append(rate(progress.images_per_s))
+    said.append(f"{duration(progress.eta_s)} left" if progress.eta_s is not None else "time left unknown")
+    said.append(f"{progress.renderers_busy}/{progress.renderers} renderers busy")
+    return " · ".join(said)
+
+
+def sentence(progress: "JobProgress") -> str:
+    """A whole line for a log."""
+    retried = f" (pass {progress.pass_number})" if progress.pass_number > 1 else ""
+    return f"{progress.job}{retried}: {progress.state}, {measures(progress)}"
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let the first Ctrl-C end the block in good order, and the second end the process at once."""
+
+    def first(_signal: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, second)
+        note("\nleaving; Ctrl-C again to leave at once")
+        raise KeyboardInterrupt
+
+    def second(_signal: int, _frame: FrameType | None) -> None:
+        os._exit(Exit.INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def spinner(text: str) -> AbstractContextManager[object]:
+    """Say that something takes seconds: a spinner on a terminal, one line elsewhere."""
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        note(text)
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
+@contextmanager
+def counting(verb: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Give a function that shows how many of `total` are done: a bar on a terminal, elsewhere nothing."""
+    if quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(verb, total=total)
+        yield lambda done: bars.update(task, completed=done)

@@ -1,0 +1,164 @@
+"""What every command takes (`--store`, `--json`, `-v` and their like) and how every command ends.
+
+`command` adds the shared flags to a function, hands them over as one `Options`, and turns errors into one readable
+line and an exit code. Nothing else in the CLI catches an error to print it.
+"""
+
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farm.cli.exits import Exit, exit_code
+from farm.cli.terminal import log_to_stderr, print_error
+from farm.errors import FarmError
+
+if TYPE_CHECKING:
+    from farm.ledger import Ledger
+    from farm.settings import Settings
+    from farm.storage.base import ObjectStore
+
+Command = Callable[..., Exit | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The shared flags of one call."""
+
+    store: str | None = None
+    s3_endpoint: str | None = None
+    models: Path | None = None
+    json: bool = False
+    verbose: bool = False
+
+    def settings(self, **own: object) -> "Settings":
+        """Read the settings: these flags, and a command's `own`, over `FARM_*` variables over `farm.toml`.
+
+        Raises SettingsError.
+        """
+        from farm.settings import load_settings
+
+        return load_settings(store=self.store, s3_endpoint=self.s3_endpoint, models=self.models, **own)
+
+    def open_store(self, settings: "Settings | None" = None) -> "ObjectStore":
+        """Open the store that the settings name."""
+        from farm.storage.opening import open_store
+
+        settings = settings or self.settings()
+        return open_store(settings.store, settings)
+
+    def open_ledger(self, settings: "Settings | None" = None) -> "Ledger":
+        """Open the ledger in the store that the settings name."""
+        from farm.ledger import Ledger
+
+        return Ledger(self.open_store(settings))
+
+
+def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    """A parameter as Typer reads it."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+PANEL = "Everywhere"
+
+SHARED = (
+    keyword(
+        "store",
+        Annotated[
+            str | None,
+            typer.Option(
+                "--store", metavar="URL", help="A folder, or s3://bucket/prefix (FARM_STORE).", rich_help_panel=PANEL
+            ),
+        ],
+        None,
+    ),
+    keyword(
+        "s3_endpoint",
+        Annotated[
+            str | None,
+            typer.Option(
+                "--s3-endpoint", metavar="URL", help="The S3 server (FARM_S3_ENDPOINT).", rich_help_panel=PANEL
+            ),
+        ],
+        None,
+    ),
+    keyword(
+        "models",
+        Annotated[
+            Path | None,
+            typer.Option(
+                "--models", metavar="DIR", help="Model cards of your own (FARM_MODELS).", rich_help_panel=PANEL
+            ),
+        ],
+        None,
+    ),
+    keyword(
+        "json",
+        Annotated[bool, typer.Option("--json", help="Print JSON, errors too.", rich_help_panel=PANEL)],
+        False,
+    ),
+    keyword(
+        "verbose",
+        Annotated[
+            bool,
+            typer.Option("--verbose", "-v", help="Show logs, times by stage, tracebacks.", rich_help_panel=PANEL),
+        ],
+        False,
+    ),
+)
+
+
+def command(app: typer.Typer, name: str) -> Callable[[Command], Command]:
+    """Register a function whose first parameter is `Options` as a command that also takes the shared flags."""
+
+    def register(function: Command) -> Command:
+        def call(**given: Any) -> None:
+            shared = {parameter.name: given.pop(parameter.name) for parameter in SHARED}
+            _run(function, Options(**shared), given)
+
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        parameters = [*own, *SHARED]
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        call.__doc__ = function.__doc__
+        app.command(name)(call)
+        return function
+
+    return register
+
+
+def _run(function: Command, options: Options, own: dict[str, Any]) -> None:
+    """Call a command and end as its result or its error says."""
+    log_to_stderr(verbose=options.verbose)
+    if not options.verbose:
+        sys.excepthook = partial(one_line, as_json=options.json)
+    try:
+        code = function(options, **own) or Exit.OK
+        sys.stdout.flush()
+    except FarmError as error:
+        if options.verbose:
+            traceback.print_exc()
+        print_error(error.code, error.message, as_json=options.json)
+        code = exit_code(error)
+    except KeyboardInterrupt as stop:
+        print_error("interrupted", f"interrupted{': ' if str(stop) else ''}{stop}", as_json=options.json)
+        code = Exit.INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone, as `head` does: end quietly, and let nothing try to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = Exit.BROKEN_PIPE
+    raise typer.Exit(int(code))
+
+
+def one_line(kind: type[BaseException], error: BaseException, _trace: object, *, as_json: bool = False) -> None:
+    """Show an error that should not be as one line; Python's own exit code for it is 1."""
+    message = f"unexpected {kind.__name__}: {error}; run again with -v for the traceback"
+    print_error("unexpected", message, as_json=as_json)

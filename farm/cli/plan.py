@@ -1,0 +1,116 @@
+"""`farm plan`: what a manifest would come to, without writing anything."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farm.cli.exits import Exit
+from farm.cli.options import Options, command
+from farm.cli.planning import read_request
+from farm.cli.render import Renderers
+from farm.cli.terminal import note, print_json, say
+from farm.cli.wording import count, cut, duration, size
+
+if TYPE_CHECKING:
+    from farm.submission import Draft, Request
+
+STATES = {
+    "new": "a new job",
+    "resume": "the job exists, planned from just this; farm render goes on with it",
+    "appended": "the job exists and has fewer rows; farm render --append renders those added",
+    "changed": "the job exists and was planned from something else; farm render refuses it",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    command(app, "plan")(plan)
+
+
+def plan(
+    options: Options,
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="The YAML file that says what to render.")],
+    renderers: Renderers = None,
+) -> Exit:
+    """Show what a manifest would come to; nothing is written.
+
+    Counts, shards, first prompts, size, and the time with where it is known from.
+    """
+    from farm.submission import draft
+
+    settings = options.settings(renderers=renderers)
+    request = read_request(manifest, settings)
+    found = draft(request, options.open_ledger(settings))
+    if options.json:
+        print_json(_record(request, found))
+    else:
+        _show(request, found)
+    return Exit.OK
+
+
+def _show(request: "Request", found: "Draft") -> None:
+    plan = found.plan
+    params = plan.params
+    say(f"{plan.job}: {count(plan.images, 'image')} in {count(plan.shards, 'shard')} of up to {plan.shard_images:,}")
+    say(f"  state      {STATES[found.state]}")
+    for change in found.changes:
+        say(f"             {change}")
+    say(f"  model      {plan.card.name}: {plan.card.title}")
+    points = f" × {count(len(plan.sweep), 'sweep point')}" if len(plan.sweep) > 1 else ""
+    say(f"  images     {count(plan.prompts.rows, 'prompt')}{points} × {count(plan.seeds.count, 'seed')}")
+    say("  sizes      " + ", ".join(f"{w}×{h}: {images:,}" for (w, h), images in found.sizes.items()))
+    say(f"  params     {params.num_inference_steps} steps, guidance {params.guidance_scale:g}")
+    numerics = plan.numerics
+    say(f"  numerics   {numerics.device}, {numerics.dtype}, batches of {numerics.batch}")
+    say(f"  time       {_time(request, found)}")
+    if found.size_bytes is None:
+        say("  size       unknown until a run of this job has ended")
+    else:
+        say(f"  size       about {size(found.size_bytes)}, as an earlier run of the job")
+    if found.first:
+        anew = "; what is random is drawn anew by farm render" if found.drawn else ""
+        say(f"  first      image, seed, prompt{anew}")
+        for spec in found.first:
+            swept = "".join(f", {name} {getattr(spec.params, name)}" for name in plan.manifest.sweep)
+            say(f"             {spec.index:5} {spec.seed:10}  {cut(spec.prompt, 100)}{swept}")
+    if found.state == "changed":
+        note("give the manifest a new name, or put the old values back")
+
+
+def _time(request: "Request", found: "Draft") -> str:
+    if found.seconds is None:
+        return "unknown: nothing of the kind was rendered on this device yet"
+    said = f"about {duration(found.seconds)} on {count(request.renderers, 'renderer')}"
+    how = "measured here" if found.speed.source == "measured" else "estimated"
+    return f"{said}, {duration(found.speed.seconds_per_image or 0.0)} an image ({how}, {request.device})"
+
+
+def _record(request: "Request", found: "Draft") -> dict[str, Any]:
+    plan = found.plan
+    return {
+        "job": plan.job,
+        "state": found.state,
+        "changes": list(found.changes),
+        "model": plan.card.name,
+        "images": plan.images,
+        "prompts": plan.prompts.rows,
+        "sweep_points": len(plan.sweep),
+        "seeds": plan.seeds.count,
+        "shards": plan.shards,
+        "shard_images": plan.shard_images,
+        "sizes": [{"width": w, "height": h, "images": images} for (w, h), images in found.sizes.items()],
+        "params": plan.params.model_dump(),
+        "numerics": plan.numerics.model_dump(),
+        "renderers": request.renderers,
+        "device": request.device,
+        "seconds": found.seconds,
+        "seconds_per_image": found.speed.seconds_per_image,
+        "speed_source": found.speed.source,
+        "size_bytes": found.size_bytes,
+        "drawn_anew": found.drawn,
+        "first": [
+            {"index": spec.index, "key": spec.key, "seed": spec.seed, "prompt": spec.prompt, **spec.params.model_dump()}
+            for spec in found.first
+        ],
+    }

@@ -1,0 +1,41 @@
+"""From a manifest's file to a checked request and its plan, as `farm plan` and `farm render` both need it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from farm.cli.moment import now_iso
+from farm.errors import NumericsError
+
+if TYPE_CHECKING:
+    from farm.ledger import Ledger
+    from farm.settings import Settings
+    from farm.submission import Request, Submission
+
+ENFORCED = frozenset({"device", "torch", "diffusers", "transformers"})
+"""Numerics that a renderer cannot take from the plan: it has them, or it must not render."""
+
+
+def read_request(manifest: Path, settings: "Settings") -> "Request":
+    """Read a manifest and check it against its model card and this machine. Raises InputError, PlacementError."""
+    from farm.devices import default_renderers, local_device
+    from farm.manifest import load_manifest
+    from farm.submission import prepare
+
+    loaded = load_manifest(manifest)
+    device = local_device()
+    return prepare(loaded, settings, device=device, renderers=settings.renderers or default_renderers(device))
+
+
+def submit_request(request: "Request", ledger: "Ledger", *, append: bool) -> "Submission":
+    """Create or find the job. Raises NumericsError where what is left of it would be rendered with other versions."""
+    from farm.submission import submit
+
+    submission = submit(request, ledger, now=now_iso(), append=append)
+    plan = submission.plan
+    differ = [one for one in submission.numerics_differ if one.partition(":")[0] in ENFORCED]
+    if differ and ledger.totals(plan) is None:
+        raise NumericsError(
+            f"job {plan.job} was planned with other numerics ({'; '.join(differ)}) and would mix pictures that differ; "
+            "install what it was planned with, or give the manifest a new name"
+        )
+    return submission

@@ -1,0 +1,230 @@
+"""Look at this machine and the store as a render would meet them: one check a line, each with what to do next.
+
+No check changes anything but the store's `probe/` objects. A check that fails stops none of the others.
+"""
+
+import importlib.util
+import logging
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import psutil
+
+from farm.devices import BFLOAT16_CAPABILITY, DeviceInfo, local_device, numerics_for
+from farm.engine import Engine, Picture, RenderStep
+from farm.errors import FarmError, ModelCardError
+from farm.modelcard import ModelCard, find_card, list_cards, source_folder
+from farm.output import flag_of
+from farm.plan import ImageSpec
+from farm.settings import Settings
+from farm.sheet import draws_cjk, font_path
+from farm.storage.opening import open_store
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+MIN_PYTHON = (3, 11)
+MIN_MEMORY_GIB = 4
+MIN_FREE_GIB = 2
+MIN_SHM_GIB = 0.25
+PACKAGES = ("torch", "diffusers", "transformers", "ray", "pyarrow", "pillow", "boto3")
+TEST_MODEL = "sketch"
+TEST_PROMPT = "a red circle on a white background"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at. `next_step` is empty where nothing needs doing."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    found: str
+    next_step: str = ""
+
+
+def examine(settings: Settings, *, render: bool = True) -> Iterator[Check]:
+    """Yield the checks as they are made; the last one, a test render, takes some seconds."""
+    device: list[DeviceInfo] = []
+
+    def devices() -> Iterator[Check]:
+        device.append(local_device())
+        yield from _devices(device[0])
+
+    looks: list[tuple[str, Callable[[], Iterator[Check]]]] = [
+        ("python", _python),
+        ("packages", _packages),
+        ("devices", devices),
+        ("memory", _memory),
+        ("store", lambda: _store(settings)),
+        ("ray", _ray),
+        ("fonts", _fonts),
+        ("models", lambda: _models(settings)),
+    ]
+    if render:
+        looks.append(("test render", lambda: _test_render(settings, device[0])))
+    for name, look in looks:
+        try:
+            yield from look()
+        except FarmError as error:
+            yield Check(name, "fail", error.message)
+        except Exception as error:
+            log.debug("check failed", exc_info=True)
+            said = " ".join(str(error).split())
+            yield Check(name, "fail", f"{type(error).__name__}: {said}", "run farm doctor -v for the traceback")
+
+
+def weights_of(card: ModelCard) -> Literal["here", "not here"]:
+    """Say whether a model's weights are on this machine, as a folder or in the hub's cache."""
+    if card.family == "sleep":
+        return "here"
+    if card.source.hub is None:
+        try:
+            source_folder(card.source)
+        except ModelCardError:
+            return "not here"
+        return "here"
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(card.source.hub, "model_index.json", revision=card.source.revision)
+    return "here" if isinstance(found, str) else "not here"
+
+
+def _python() -> Iterator[Check]:
+    found = ".".join(str(part) for part in sys.version_info[:3])
+    if sys.version_info < MIN_PYTHON:
+        yield Check("python", "fail", found, "install Python 3.11 or newer")
+    else:
+        yield Check("python", "ok", f"{found}, {sys.executable}")
+
+
+def _packages() -> Iterator[Check]:
+    found, missing = [], []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        yield Check("packages", "fail", f"{', '.join(missing)} not installed", "run make install")
+    else:
+        yield Check("packages", "ok", ", ".join(found))
+
+
+def _devices(device: DeviceInfo) -> Iterator[Check]:
+    if device.kind == "cpu":
+        if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
+            yield Check("devices", "warn", "an NVIDIA driver is there and answers nothing", "see what nvidia-smi says")
+        yield Check(
+            "devices", "ok", f"no GPU; {device.cores} CPU cores, float32: sketch is quick, large models are not"
+        )
+        return
+    if "+cpu" in version("torch"):
+        yield Check(
+            "devices", "fail", f"a GPU, and torch {version('torch')} without CUDA", "install torch's CUDA build"
+        )
+    for number, gpu in enumerate(device.gpus):
+        sound = gpu.capability >= BFLOAT16_CAPABILITY
+        major, minor = gpu.capability
+        said = f"GPU {number}: {gpu.name}, {gpu.memory_bytes / GIB:.1f} GiB, capability {major}.{minor}"
+        if sound:
+            yield Check("devices", "ok", f"{said}: bfloat16, float16, float32")
+        else:
+            yield Check("devices", "warn", f"{said}: no native bfloat16", "bfloat16 models are refused here")
+
+
+def _memory() -> Iterator[Check]:
+    memory = psutil.virtual_memory()
+    said = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
+    if memory.available < MIN_MEMORY_GIB * GIB:
+        yield Check("memory", "warn", said, f"a renderer wants {MIN_MEMORY_GIB} GiB; end other programs")
+    else:
+        yield Check("memory", "ok", said)
+    shm = Path("/dev/shm")
+    if shm.is_dir() and (free := shutil.disk_usage(shm).free) < MIN_SHM_GIB * GIB:
+        yield Check("memory", "warn", f"/dev/shm has {free / GIB:.2f} GiB", "give the container --shm-size=1g for Ray")
+
+
+def _store(settings: Settings) -> Iterator[Check]:
+    report = open_store(settings.store, settings).probe()
+    yield Check("store", "ok", f"{report.url}: reads, writes, lists and deletes")
+    if report.conditional_create and report.conditional_replace:
+        yield Check("store", "ok", "conditional puts: of racing writers one wins")
+    else:
+        yield Check("store", "warn", "no conditional puts", "give each job to one farm at a time")
+    if report.free_bytes is not None:
+        said = f"{report.free_bytes / GIB:.1f} GiB free"
+        if report.free_bytes < MIN_FREE_GIB * GIB:
+            yield Check("store", "warn", said, "free some space, or use another disk: FARM_STORE")
+        else:
+            yield Check("store", "ok", said)
+
+
+def _ray() -> Iterator[Check]:
+    if importlib.util.find_spec("ray") is None:
+        yield Check("ray", "fail", "not importable", "run make install")
+        return
+    yield Check("ray", "ok", version("ray"))
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists():
+        mode = stat.S_IMODE(token.stat().st_mode)
+        if mode & 0o077:
+            yield Check("ray", "warn", f"{token} has mode {mode:04o}: others can read it", f"chmod 600 {token}")
+        else:
+            yield Check("ray", "ok", f"{token} is its owner's alone")
+
+
+def _fonts() -> Iterator[Check]:
+    path = font_path()
+    if path is None:
+        yield Check("fonts", "ok", "none installed; contact sheets use Pillow's own")
+    elif draws_cjk(path):
+        yield Check("fonts", "ok", str(path))
+    else:
+        yield Check(
+            "fonts",
+            "warn",
+            f"{path} draws no Chinese, Japanese or Korean",
+            "for such prompts on contact sheets install a font, such as fonts-noto-cjk",
+        )
+
+
+def _models(settings: Settings) -> Iterator[Check]:
+    for card in list_cards(settings):
+        if weights_of(card) == "here":
+            yield Check("models", "ok", f"{card.name}: {card.title}")
+        elif card.source.hub is None:
+            yield Check("models", "warn", f"{card.name}: {card.source.path} is not there", "put the weights there")
+        else:
+            where = card.source.hub
+            yield Check("models", "ok", f"{card.name}: not here yet; the first render fetches {where}")
+
+
+def _test_render(settings: Settings, device: DeviceInfo) -> Iterator[Check]:
+    card = find_card(TEST_MODEL, settings)
+    numerics = numerics_for(card, device=device, renderers=1)
+    engine = Engine(card, numerics, "cuda:0" if device.kind == "cuda" else "cpu", settings.vram_gib)
+    pictures: list[Picture] = []
+
+    def ignore(step: RenderStep) -> None:
+        pass
+
+    spec = ImageSpec(index=0, row=0, key=None, prompt=TEST_PROMPT, seed=0, params=card.defaults, carry={})
+    load_s = engine.load()
+    loaded = time.perf_counter()
+    engine.render([spec], on_picture=pictures.append, on_step=ignore, cancelled=lambda: False)
+    done = time.perf_counter()
+    engine.unload()
+    flag = "nan" if pictures[0].nan else flag_of(np.asarray(pictures[0].pixels))
+    said = f"{card.name} on {device.name}, {numerics.dtype}, {numerics.threads} torch threads: loaded in {load_s:.1f} s"
+    if flag:
+        yield Check("test render", "fail", f"{said}; the picture is {flag}", "see the driver and torch's build")
+    else:
+        yield Check("test render", "ok", f"{said}, one picture in {done - loaded:.1f} s")
