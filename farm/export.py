@@ -7,11 +7,13 @@ the same objects. Totals come last, since they close the pass. Memory is flat: o
 import heapq
 import json
 import logging
+import math
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +34,7 @@ CHUNK_ROWS = 10_000
 FILE_NAME = "file_name"
 THUMBNAIL_OVER_PX = 256  # pictures longer than this are shown on the sheet by their thumbnails
 SHEET_THREADS = 8
+PAUSE_S = 60.0  # a longer time in which no shard was in hand is no part of a job's wall time
 
 _JSON = {b"farm": b"json"}
 
@@ -49,7 +52,7 @@ def finalise(ledger: Ledger, plan: Plan, pass_number: int) -> Totals:
                 f"job {plan.job} cannot be finalised: pass {number} lacks {len(lacking)} of {len(done)} receipts, the "
                 f"first that of shard {int(lacking[0])}; farm render goes on with it"
             )
-    tally = _Tally(passes=[_Span() for _ in range(pass_number)])
+    tally = _Tally()
     wanted = set(spread(plan.images))
     shown: list[ImageRow] = []
     parts = _DatasetParts(ledger, plan)
@@ -89,25 +92,39 @@ def dataset_prefix(plan: Plan) -> str:
 # Rows and sums
 
 
-@dataclass(slots=True)
-class _Span:
-    """When the work of one pass began and ended."""
+class _Work:
+    """When shards were being rendered, as spans of time that may lie over each other."""
 
-    started: datetime | None = None
-    finished: datetime | None = None
+    def __init__(self) -> None:
+        self._starts, self._ends = array("d"), array("d")
 
     def add(self, receipt: Receipt) -> None:
-        finished = datetime.fromisoformat(receipt.finished_at)
-        started = finished - timedelta(seconds=receipt.seconds.get("total", 0.0))
-        self.started = min(self.started or started, started)
-        self.finished = max(self.finished or finished, finished)
+        end = datetime.fromisoformat(receipt.finished_at).timestamp()
+        self._starts.append(end - receipt.seconds.get("total", 0.0))
+        self._ends.append(end)
+
+    @property
+    def started_at(self) -> str:
+        return datetime.fromtimestamp(min(self._starts), UTC).isoformat(timespec="seconds")
+
+    @property
+    def finished_at(self) -> str:
+        return datetime.fromtimestamp(max(self._ends), UTC).isoformat(timespec="seconds")
+
+    def wall_seconds(self) -> float:
+        """Return the time in which at least one shard was in hand; pauses longer than PAUSE_S do not count."""
+        total, until = 0.0, -math.inf
+        for start, end in sorted(zip(self._starts, self._ends, strict=True)):
+            total += max(0.0, end - (until if start - until <= PAUSE_S else start))
+            until = max(until, end)
+        return round(total, 3)
 
 
 @dataclass(slots=True)
 class _Tally:
     """Sums over receipts and rows."""
 
-    passes: list[_Span]
+    work: _Work = field(default_factory=_Work)
     ok: int = 0
     failed: int = 0
     flagged: int = 0
@@ -117,7 +134,7 @@ class _Tally:
     renderers: set[str] = field(default_factory=set)
 
     def add_receipt(self, receipt: Receipt) -> None:
-        self.passes[receipt.pass_number - 1].add(receipt)
+        self.work.add(receipt)
         self.renderers.add(receipt.renderer)
         for stage, seconds in receipt.seconds.items():
             self.seconds[stage] += seconds  # type: ignore[assignment]
@@ -132,7 +149,6 @@ class _Tally:
             self.size_bytes += row.size_bytes or 0
 
     def totals(self) -> Totals:
-        spans = [(span.started, span.finished) for span in self.passes if span.started and span.finished]
         return Totals(
             images=self.ok + self.failed,
             ok=self.ok,
@@ -142,9 +158,9 @@ class _Tally:
             bytes=self.size_bytes,
             seconds={stage: round(float(seconds), 3) for stage, seconds in self.seconds.items()},
             renderers=len(self.renderers),
-            started_at=spans[0][0].isoformat(),
-            finished_at=max(finished for _, finished in spans).isoformat(),
-            wall_seconds=round(sum((finished - started).total_seconds() for started, finished in spans), 3),
+            started_at=self.work.started_at,
+            finished_at=self.work.finished_at,
+            wall_seconds=self.work.wall_seconds(),
         )
 
 

@@ -53,7 +53,7 @@ class Totals(Record):
     renderers: int = Field(ge=0)
     started_at: str = Field(description="ISO 8601, UTC")
     finished_at: str = Field(description="ISO 8601, UTC")
-    wall_seconds: float = Field(ge=0)
+    wall_seconds: float = Field(ge=0, description="in which a shard was in hand; longer pauses are left out")
 
 
 class Profile(Record):

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from farm.ledger import Ledger
+from farm.plan import Plan
 from farm.receipt import ImageRow
 from farm.settings import load_settings
 from farm.storage.opening import open_store
@@ -33,6 +34,8 @@ JOB = "chaos"
 SOON_EXIT_CODES = {2, 4, 5}
 """A command that ends with one of these has met what no kill explains."""
 PATIENCE_S = 900.0
+LEFTOVERS_S = 60.0
+"""Ray's agents look for their raylet every now and then, and end when it is gone."""
 
 MANIFEST = """\
 name: chaos
@@ -92,7 +95,7 @@ class Command:
         self._arguments = [FARM, "render", manifest, "--renderers", str(renderers)]
         self._env = env
         self._log = log
-        self._seen: dict[int, psutil.Process] = {}
+        self._seen: set[psutil.Process] = set()
         self.exits: list[int] = []
         self.start()
 
@@ -116,12 +119,17 @@ class Command:
         self.start()
         return False
 
+    @property
+    def seen(self) -> list[psutil.Process]:
+        """Every process that ran below any of the commands."""
+        return list(self._seen)
+
     def children(self) -> list[psutil.Process]:
         try:
             children = self._process.children(recursive=True)
         except psutil.Error:
             children = []
-        self._seen |= {child.pid: child for child in children}
+        self._seen.update(children)
         return children
 
     def kill(self, kind: str, rng: random.Random) -> bool:
@@ -136,10 +144,6 @@ class Command:
         if found:
             end(rng.choice(found).pid)
         return bool(found)
-
-    def leftovers(self) -> list[psutil.Process]:
-        """Processes of any of the commands that outlived them."""
-        return [process for process in self._seen.values() if process.is_running() and process.status() != "zombie"]
 
 
 def title(process: psutil.Process) -> str:
@@ -192,20 +196,23 @@ def disturb(command: Command, server: Server, kills: list[Kill], rng: random.Ran
     raise SystemExit(f"not done after {PATIENCE_S:.0f} s; exits so far {command.exits}")
 
 
-def rows(store_url: str, env: dict[str, str]) -> tuple[list[ImageRow], int]:
-    """The dataset's rows, and how many images its plan has."""
+def stored(store_url: str, env: dict[str, str]) -> tuple[Plan, list[ImageRow]]:
+    """The job's plan and its dataset's rows."""
     os.environ.update(env)
     ledger = Ledger(open_store(store_url, load_settings(store=store_url)))
     plan = ledger.plan(JOB)
-    return list(ledger.rows(plan)), plan.images
+    return plan, list(ledger.rows(plan))
 
 
-def audit(quiet: tuple[list[ImageRow], int], disturbed: tuple[list[ImageRow], int]) -> None:
+def audit(quiet: tuple[Plan, list[ImageRow]], disturbed: tuple[Plan, list[ImageRow]]) -> None:
     """Raise SystemExit with what differs between an undisturbed job and one that was not left alone."""
-    calm, images = quiet
-    wild, _ = disturbed
-    if [row.index for row in wild] != list(range(images)):
-        raise SystemExit(f"{images} images were planned; the dataset has {[row.index for row in wild]}")
+    (quiet_plan, calm), (plan, wild) = quiet, disturbed
+    if quiet_plan.digest != plan.digest:
+        before, after = quiet_plan.model_dump(), plan.model_dump()
+        changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+        raise SystemExit(f"the two jobs were planned differently: {changed}")
+    if [row.index for row in wild] != list(range(plan.images)):
+        raise SystemExit(f"{plan.images} images were planned; the dataset has {[row.index for row in wild]}")
     failed = [(row.index, row.error_code) for row in wild if row.status != "ok"]
     if failed:
         raise SystemExit(f"images failed: {failed}")
@@ -239,12 +246,11 @@ def run(*, seed: int, kills: int, images: int, renderers: int, steps: int, folde
         command = Command(manifest, env, renderers, folder / "render.log")
         ended = disturb(command, server, draw_kills(seed, kills), random.Random(seed))
         seconds = time.monotonic() - started
-        audit(rows(calm_store, {}), rows(wild_store, server.env))
+        audit(stored(calm_store, {}), stored(wild_store, server.env))
         subprocess.run([FARM, "verify", JOB], check=True, env=env, stdout=subprocess.DEVNULL)
-        time.sleep(3.0)
-        leftovers = [title(process) for process in command.leftovers()]
+        _, leftovers = psutil.wait_procs(command.seen, timeout=LEFTOVERS_S)
         if leftovers:
-            raise SystemExit(f"processes outlived the farm: {leftovers}")
+            raise SystemExit(f"processes outlived the farm: {[title(process).strip() for process in leftovers]}")
     finally:
         server.stop()
     return {

@@ -15,10 +15,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from farm.devices import local_device
 from farm.ledger import Ledger
-from farm.receipt import ImageRow
+from farm.manifest import load_manifest
+from farm.plan import ImageSpec
+from farm.prompts import PromptReader
+from farm.receipt import ImageRow, Receipt
 from farm.settings import load_settings
 from farm.storage.opening import open_store
+from farm.submission import prepare, submit
 from tests.chaos import end, title
 
 FARM = Path(sys.executable).parent / "farm"
@@ -117,14 +122,14 @@ SLEEPY = "model: sleep\nprompts: [a, b, c]\nseeds: {{count: {count}, from: slot}
 
 def test_a_manifest_becomes_pictures_receipts_a_dataset_and_a_sheet(terminal):
     manifest = terminal.manifest(
-        "first", "model: sketch\nprompts: [a red circle, a blue star]\nseeds: {count: 4, from: key}\n"
+        "first", "model: sketch\nprompts: [a red circle, a blue star]\nseeds: {count: 4, from: slot}\n"
     )
     out, err = terminal.run("render", manifest)
     rows = terminal.rows("first")
     assert [row.index for row in rows] == list(range(8))
     assert {row.status for row in rows} == {"ok"}
     assert all((terminal.store / row.object).is_file() for row in rows)
-    assert "8 images of 8" in out
+    assert "8 of 8 images" in out
     assert "sheet.png" in out
     sheet = next(terminal.store.glob("jobs/first/*/sheet.png"))
     assert sheet.stat().st_size > 1000
@@ -219,3 +224,54 @@ def test_a_store_that_becomes_unwritable_stops_the_job_with_its_error_and_a_late
     terminal.run("render", manifest)
     terminal.run("verify", "walled")
     assert len(terminal.rows("walled")) == 60
+
+
+def test_retry_renders_the_failed_images_again_as_a_new_pass(terminal):
+    manifest = terminal.manifest("patchy", "model: sleep\nprompts: [a, b]\nseeds: {count: 4, from: slot}\n")
+    settings = load_settings(models=terminal.folder / "models", store=str(terminal.store))
+    ledger = terminal.ledger()
+    request = prepare(load_manifest(manifest), settings, device=local_device(), renderers=1)
+    plan = submit(request, ledger, now="2026-01-01T00:00:00Z").plan
+    assert (plan.shards, plan.shard_images) == (4, 2)
+    specs = PromptReader(plan, ledger).specs(range(2))
+    rows = tuple(failed_row(spec) for spec in specs)
+    receipt = Receipt("patchy", plan.run, 1, 0, 0, 2, 1, "gone", "cpu", {}, "2026-01-01T00:00:00+00:00", {}, rows)
+    assert ledger.commit(plan, receipt)
+    out, _ = terminal.run("render", manifest, code=5)
+    assert "6 of 8 images" in out
+    assert "nan_picture" in out
+    out, _ = terminal.run("retry", "patchy")
+    assert {row.status for row in terminal.rows("patchy")} == {"ok"}
+    assert [row.pass_number for row in terminal.rows("patchy")] == [2, 2, 1, 1, 1, 1, 1, 1]
+    terminal.run("verify", "patchy")
+
+
+def failed_row(spec: ImageSpec) -> ImageRow:
+    params = spec.params
+    return ImageRow(
+        index=spec.index,
+        key=spec.key,
+        prompt=spec.prompt,
+        negative_prompt=params.negative_prompt,
+        width=params.width,
+        height=params.height,
+        num_inference_steps=params.num_inference_steps,
+        guidance_scale=params.guidance_scale,
+        seed=spec.seed,
+        status="failed",
+        object=None,
+        thumbnail=None,
+        size_bytes=None,
+        sha256=None,
+        phash=None,
+        flag=None,
+        error_code="nan_picture",
+        error_message="came out as no finite numbers",
+        pass_number=1,
+        attempt=1,
+        alone=False,
+        seconds=0.0,
+        renderer="gone",
+        device="cpu",
+        carry={},
+    )

@@ -10,7 +10,8 @@ from PIL import Image
 from farm import export
 from farm.errors import ControlError
 from farm.export import finalise
-from tests.unit.finished_jobs import commit_shard, make_job, make_ledger, make_plan
+from farm.receipt import Receipt
+from tests.unit.finished_jobs import commit_shard, make_job, make_ledger, make_plan, make_row
 
 
 def read_dataset(ledger, plan) -> pa.Table:
@@ -124,3 +125,28 @@ def test_the_contact_sheet_is_a_picture_even_where_one_is_missing(tmp_path: Path
     with Image.open(io.BytesIO(ledger.store.get(f"jobs/{plan.job}/{plan.run}/sheet.png"))) as sheet:
         assert sheet.width > 800
         assert sheet.height > 300
+
+
+def test_a_night_between_two_shards_is_no_part_of_the_wall_time(tmp_path: Path) -> None:
+    ledger = make_ledger(tmp_path)
+    plan = make_plan(rows=4, seeds=2, shard_images=4)
+    ledger.create_plan(plan, 1)
+    for shard, finished_at in enumerate(["2026-01-01T20:00:00+00:00", "2026-01-02T08:00:00+00:00"]):
+        rows = tuple(make_row(ledger, plan, index) for index in plan.shard_range(shard))
+        receipt = Receipt(
+            job=plan.job,
+            run=plan.run,
+            pass_number=1,
+            shard=shard,
+            start=rows[0].index,
+            stop=rows[-1].index + 1,
+            attempt=1,
+            renderer="renderer-0",
+            device="cpu",
+            versions={},
+            finished_at=finished_at,
+            seconds={"total": 7.0},
+            rows=rows,
+        )
+        assert ledger.commit(plan, receipt)
+    assert finalise(ledger, plan, 1).wall_seconds == 14.0
