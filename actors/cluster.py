@@ -7,6 +7,9 @@ to it. It ends with the process that started it, whatever ends that: Ray's own p
 import hashlib
 import json
 import os
+import secrets
+import socket
+import stat
 import time
 from pathlib import Path
 from types import TracebackType
@@ -14,33 +17,36 @@ from typing import Any, Self
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
-os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "40")
 
-# Ray reads these once, at its import. The last: how long a process of Ray's, this one too, outlives the control store before
-# it ends itself with no more than a log line. Longer than `_call` takes to give up, so that people read our words instead.
+# Ray reads both once, at its import.
 import psutil
 import ray
 from ray.exceptions import RayError
 
 from actors.dispatcher import DispatcherActor
 from actors.names import DISPATCHER, NAMESPACE
+from farm import __version__
 from farm.devices import default_renderers, local_device
-from farm.dispatch import JobProgress
 from farm.errors import FarmError, FarmUnavailableError, error_of
+from farm.run import JobProgress
 from farm.settings import Settings
 
 OBJECT_STORE_BYTES = 128 * 1024**2
 """Pictures never pass through Ray's object store; this holds calls alone."""
 ANSWER_S = 10.0
+CONTROL_STORE_EVERY_S = 2.0
+CONTROL_STORE_REFUSALS = 3
+CLOCK_S = 2.0
+"""How far apart two readings of one process's start may lie: it is counted from the machine's own, which drifts."""
 
 
 class Farm:
     """A handle on the live farm. Leaving the context stops the farm if this process started it."""
 
-    def __init__(self, dispatcher: Any, *, note: Path | None, renderers: int):
+    def __init__(self, dispatcher: Any, *, note: Path | None):
         self._dispatcher = dispatcher
         self._note = note
-        self.renderers = renderers
+        self._control_store = _ControlStore(ray.get_runtime_context().gcs_address)
 
     @property
     def started_here(self) -> bool:
@@ -68,10 +74,11 @@ class Farm:
         self._call("submit", job)
 
     def progress(self, job: str) -> JobProgress:
-        """Snapshot of a job; submits it again to a dispatcher that restarted.
+        """Snapshot of a job; submits it again to a dispatcher that restarted and forgot it.
 
         Raises what stalled it, under its own code, or FarmUnavailableError.
         """
+        self._control_store.check()
         progress, trouble = self._call("progress", job)
         if progress is None:
             self.submit(job)
@@ -84,6 +91,11 @@ class Farm:
             raise error_of(trouble, progress.message or "the job stopped and said no more")
         snapshot: JobProgress = progress
         return snapshot
+
+    def about(self) -> tuple[str, str]:
+        """The store that the farm serves, and its version."""
+        store, version = self._call("about")
+        return store, version
 
     def others(self, job: str) -> tuple[str, ...]:
         """Other jobs that this farm is still working on."""
@@ -104,6 +116,32 @@ class Farm:
         ) from failure
 
 
+class _ControlStore:
+    """Ray's control store. Without it actors go on for a while, and after a minute Ray ends every process, this one too,
+    with no more than a log line of its own: so we look ourselves, and say it in our words before that."""
+
+    def __init__(self, address: str):
+        host, _, port = address.rpartition(":")
+        self._address = (host, int(port))
+        self._looked_at = 0.0
+        self._refused = 0
+
+    def check(self) -> None:
+        """Raise FarmUnavailableError once it has refused several looks in a row."""
+        if time.monotonic() - self._looked_at < CONTROL_STORE_EVERY_S:
+            return
+        self._looked_at = time.monotonic()
+        try:
+            socket.create_connection(self._address, timeout=CONTROL_STORE_EVERY_S).close()
+            self._refused = 0
+        except OSError as exc:
+            self._refused += 1
+            if self._refused >= CONTROL_STORE_REFUSALS:
+                raise FarmUnavailableError(
+                    "Ray's control store is gone, and the farm with it; what was stored is safe: run the command again"
+                ) from exc
+
+
 def open_farm(settings: Settings, *, renderers: int | None = None, start: bool = True) -> Farm:
     """Attach to the farm on this machine or at `settings.address` that serves the same store, or start one here.
 
@@ -114,35 +152,53 @@ def open_farm(settings: Settings, *, renderers: int | None = None, start: bool =
     if address:
         _init(address=address)
         try:
-            return Farm(ray.get_actor(DISPATCHER, NAMESPACE), note=None, renderers=0)
+            dispatcher = ray.get_actor(DISPATCHER, NAMESPACE)
         except ValueError:
             if not settings.address:
                 ray.shutdown()
-    elif not start:
+        else:
+            return _attach(dispatcher, settings)
+    if not start:
         raise FarmUnavailableError(f"no farm runs on this machine for {settings.store}; farm render starts one")
     device = local_device()
-    count = renderers or settings.renderers or default_renderers(device)
-    if not settings.address:
+    count = renderers or settings.renderers
+    if settings.address:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        count = count or gpus or 1
+    else:
+        gpus = len(device.gpus)
+        count = count or default_renderers(device)
+        _write_token()
         _init(
             address="local",
             num_cpus=count + 1,
-            num_gpus=len(device.gpus),
+            num_gpus=gpus,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
         )
-        _tighten_token()
-    gpu = "GPU" in ray.cluster_resources()
     dispatcher = DispatcherActor.options(  # type: ignore[attr-defined]
         name=DISPATCHER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
     ).remote(
         settings.model_copy(update={"store": _absolute(settings.store)}),
         count,
-        gpu=gpu,
+        gpu=gpus > 0,
         all_open=settings.address is not None,
     )
     if not settings.address:
         _write_note(note)
-    return Farm(dispatcher, note=None if settings.address else note, renderers=count)
+    return Farm(dispatcher, note=None if settings.address else note)
+
+
+def _attach(dispatcher: Any, settings: Settings) -> Farm:
+    farm = Farm(dispatcher, note=None)
+    store, version = farm.about()
+    if (store, version) != (_absolute(settings.store), __version__):
+        ray.shutdown()
+        raise FarmUnavailableError(
+            f"the farm that runs serves {store} with version {version}, this command asks for {_absolute(settings.store)} "
+            f"with version {__version__}; set FARM_STORE and install the same version, or stop that farm first"
+        )
+    return farm
 
 
 def _init(**options: Any) -> None:
@@ -158,28 +214,47 @@ def _absolute(store: str) -> str:
 
 def _note(settings: Settings) -> Path:
     digest = hashlib.sha256(_absolute(settings.store).encode()).hexdigest()[:16]
-    return settings.runtime_dir / f"{os.getuid()}-{digest}.json"
+    return settings.runtime_dir / f"{digest}.json"
 
 
 def _write_note(note: Path) -> None:
-    note.parent.mkdir(parents=True, exist_ok=True)
     process = psutil.Process()
     address = ray.get_runtime_context().gcs_address
-    note.write_text(json.dumps({"address": address, "pid": process.pid, "started": process.create_time()}))
+    record = json.dumps({"address": address, "pid": process.pid, "started": process.create_time()})
+    try:
+        note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if note.parent.stat().st_uid != os.getuid() or stat.S_IMODE(note.parent.stat().st_mode) & 0o022:
+            raise FarmUnavailableError(
+                f"{note.parent} is open to other users, who could mislead this farm; set FARM_RUNTIME_DIR to a folder of yours"
+            )
+        note.write_text(record)
+    except OSError as exc:
+        raise FarmUnavailableError(f"{note}: {exc.strerror}; set FARM_RUNTIME_DIR to a folder of yours") from exc
 
 
 def _address(note: Path) -> str | None:
-    """The address in a note whose writer still lives."""
+    """The address in a note of ours whose writer still lives."""
     try:
+        if note.stat().st_uid != os.getuid():
+            return None
         record = json.loads(note.read_text())
-        alive = psutil.Process(record["pid"]).create_time() == record["started"]
+        alive = abs(psutil.Process(record["pid"]).create_time() - record["started"]) < CLOCK_S
         return str(record["address"]) if alive else None
     except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return None
 
 
-def _tighten_token() -> None:
-    """Ray writes its authentication token readable by everybody; only its owner should read it."""
+def _write_token() -> None:
+    """Make Ray's authentication token, where there is none, readable by its owner alone; Ray itself would not."""
     token = Path.home() / ".ray" / "auth_token"
-    if token.is_file() and token.stat().st_uid == os.getuid():
-        token.chmod(0o600)
+    try:
+        token.parent.mkdir(mode=0o700, exist_ok=True)
+        with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        if token.stat().st_uid == os.getuid():
+            token.chmod(0o600)
+    except OSError as exc:
+        raise FarmUnavailableError(
+            f"{token}: {exc.strerror}; Ray keeps its token there: set HOME to a folder of yours"
+        ) from exc

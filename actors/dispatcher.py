@@ -5,22 +5,27 @@ Supplies the clock, reads the ledger in threads, parks questions for work, and k
 
 import asyncio
 import logging
+import os
 import time
 import uuid
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorDiedError, RayError
 
 from actors.logs import log_to_stderr
 from actors.names import NAMESPACE, renderer_name
 from actors.renderer import RendererActor
-from farm.dispatch import Dispatch, JobProgress
+from farm import __version__
+from farm.dispatch import Dispatch
 from farm.errors import FarmError
-from farm.lease import POLL_S, Ask, Completion, GiveBack, Hello, Reply, Report
+from farm.lease import POLL_S, Ask, Beat, Completion, GiveBack, Hello, Renewal, Reply
 from farm.ledger import Ledger
 from farm.rebuild import open_runs, stopped
+from farm.run import JobProgress
 from farm.settings import Settings
 from farm.storage.opening import open_store
 
@@ -35,8 +40,12 @@ START_AGAIN_S = (0.0, 1.0, 3.0, 10.0)
 """Pauses before a renderer is started again, by its deaths in a row before it was ready; the last repeats."""
 STOP_S = 5.0
 """How long a stopping farm waits for its renderers to put down what they hold."""
-GREETING_S = 2.0
-"""After a restart, how long renderers that live have to report their leases before new ones are given."""
+GREETING_S = 3.0
+"""After a restart, how long renderers that live have to report their leases before new ones are given: some beats."""
+TROUBLE_DEATHS = 3
+"""Failures to start in a row after which a renderer's trouble is the job's: one may be the last farm's slow end."""
+START_S = 60.0
+"""How long a renderer may take to start before people are told that none has."""
 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0, max_concurrency=10_000)
@@ -58,11 +67,17 @@ class DispatcherActor:
         self._dispatch = Dispatch(epoch=uuid.uuid4().hex[:8])
         self._handles: dict[str, Any] = {}
         self._trouble: dict[str, str] = {}
+        self._jobs: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._wake = asyncio.Event()
         self._keepers: list[asyncio.Task[None]] = []
         self._tasks: list[asyncio.Task[None]] = []
-        self._started: asyncio.Task[None] | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._started_at = time.monotonic()
         self._grants_from = 0.0
+
+    async def about(self) -> tuple[str, str]:
+        """The store that this farm serves, and its version."""
+        return self._settings.store, __version__
 
     # Jobs
 
@@ -78,6 +93,11 @@ class DispatcherActor:
         code = self._dispatch.stall_code(job)
         if len(self._trouble) == self._slots and code is None:
             return progress, f"renderers: {next(iter(self._trouble.values()))}"
+        if progress and not progress.renderers and time.monotonic() - self._started_at > START_S:
+            what = "GPU" if self._gpu else "CPU"
+            progress = replace(
+                progress, message=f"no renderer has started yet: Ray has no free {what} for one, or starts slowly"
+            )
         return progress, code
 
     async def unfinished(self) -> tuple[str, ...]:
@@ -99,25 +119,24 @@ class DispatcherActor:
         until = time.monotonic() + POLL_S
         while True:
             now = time.monotonic()
-            if now >= self._grants_from:
-                reply = self._dispatch.ask(question, now=now)
-                if reply.lease or reply.meet or now >= until:
-                    return reply
+            reply = self._dispatch.ask(question, now=now, grants=now >= self._grants_from)
+            if reply.lease or reply.meet or now >= until:
+                return reply
             wake = self._wake
             try:
                 await asyncio.wait_for(wake.wait(), max(0.01, min(until - now, TICK_S)))
             except TimeoutError:
                 continue
 
-    async def renew(self, renderer: str, reports: tuple[Report, ...]) -> tuple[str, ...]:
+    async def renew(self, beat: Beat) -> Renewal:
         await self._ready()
-        return self._dispatch.renew(renderer, reports, now=time.monotonic())
+        return self._dispatch.renew(beat, now=time.monotonic())
 
     async def complete(self, completion: Completion) -> None:
         await self._ready()
-        self._drop(self._dispatch.complete(completion, now=time.monotonic()))
         if completion.lease.task == "finalise":
-            await asyncio.to_thread(self._ledger.close, completion.lease.job)
+            await self._close_if_done(completion.lease.job)
+        self._drop(self._dispatch.complete(completion, now=time.monotonic()))
         self._wake_all()
 
     async def give_back(self, end: GiveBack) -> None:
@@ -140,27 +159,47 @@ class DispatcherActor:
     # Inside
 
     async def _ready(self) -> None:
-        """Start up on the first call after a start or restart; every caller waits for the same start."""
-        if self._started is None:
-            self._started = asyncio.create_task(self._start())
-        await asyncio.shield(self._started)
+        """Start up on the first call after a start or restart; every caller waits for the same start.
+
+        One that failed is tried again by the next call.
+        """
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        starting = self._starting
+        try:
+            await asyncio.shield(starting)
+        except Exception:
+            if self._starting is starting:
+                self._starting = None
+            raise
 
     async def _start(self) -> None:
         alive = await asyncio.to_thread(self._find_renderers)
         for job in await self._until_answered(self._ledger.open_jobs) if self._all_open else ():
-            await self._take_up(job)
+            try:
+                await self._take_up(job)
+            except FarmError as exc:
+                log.error("job not taken up", extra={"job": job, "code": exc.code, "reason": exc.message})
         self._grants_from = time.monotonic() + (GREETING_S if alive else 0.0)
-        self._keepers = [asyncio.create_task(self._keep(slot)) for slot in range(self._slots)]
-        self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._watch_controls())]
+        self._keepers = [_background(self._keep(slot)) for slot in range(self._slots)]
+        self._tasks = [_background(self._tick()), _background(self._watch_controls())]
 
     async def _take_up(self, job: str) -> None:
-        stop = await self._until_answered(lambda: stopped(self._ledger, job))
-        if stop:
-            self._drop(self._dispatch.stop(job, stop))
-        else:
-            for entry in await self._until_answered(lambda: open_runs(self._ledger, job)):
-                self._dispatch.add(entry)
+        async with self._jobs[job]:
+            stop = await self._until_answered(lambda: stopped(self._ledger, job))
+            if stop:
+                self._drop(self._dispatch.stop(job, stop))
+            else:
+                for entry in await self._until_answered(lambda: open_runs(self._ledger, job)):
+                    self._dispatch.add(entry)
         self._wake_all()
+
+    async def _close_if_done(self, job: str) -> None:
+        """Take a job's marker away unless another run or pass of it is open; a marker too many costs a listing."""
+        try:
+            await asyncio.to_thread(open_runs, self._ledger, job)
+        except FarmError as exc:
+            log.warning("job not closed", extra={"job": job, "code": exc.code, "reason": exc.message})
 
     async def _until_answered(self, read: Callable[[], T]) -> T:
         """Read from the ledger in a thread, again and again while the store does not answer."""
@@ -170,7 +209,7 @@ class DispatcherActor:
             except FarmError as exc:
                 if exc.code != "store_unavailable":
                     raise
-                log.warning("store not available: %s", exc.message)
+                log.warning("store not available", extra={"reason": exc.message})
                 await asyncio.sleep(TICK_S)
 
     def _find_renderers(self) -> bool:
@@ -195,12 +234,14 @@ class DispatcherActor:
                 await handle.work.remote()
                 return
             except RayError as exc:
+                if handle is not None and not isinstance(exc, ActorDiedError):
+                    ray.kill(handle)  # unreachable, or its work failed: what is left of it must not keep the device
                 self._handles.pop(name, None)
-                self._dispatch.lost(name, now=time.monotonic())
+                self._dispatch.lost(name)
                 self._wake_all()
-                if isinstance(exc, RayActorError) and "creation" in str(exc):
+                deaths = deaths + 1 if time.monotonic() - started < START_S else 0
+                if deaths >= TROUBLE_DEATHS and "creation" in str(exc):
                     self._trouble[name] = str(exc).strip().splitlines()[-1]
-                deaths = deaths + 1 if time.monotonic() - started < 60.0 else 0
                 log.warning("renderer lost", extra={"renderer": name, "reason": str(exc)})
                 await asyncio.sleep(START_AGAIN_S[min(deaths, len(START_AGAIN_S) - 1)])
 
@@ -218,8 +259,8 @@ class DispatcherActor:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            for renderer, token, why in self._dispatch.tick(now=time.monotonic()):
-                log.warning("lease expired", extra={"renderer": renderer, "token": token, "why": why})
+            for renderer, why in self._dispatch.tick(now=time.monotonic()):
+                log.warning("renderer given up", extra={"renderer": renderer, "why": why})
                 handle = self._handles.get(renderer)
                 if handle is not None:
                     ray.kill(handle)
@@ -229,13 +270,14 @@ class DispatcherActor:
         while True:
             await asyncio.sleep(CONTROLS_S)
             for job in self._dispatch.unfinished():
-                try:
-                    stop = await asyncio.to_thread(stopped, self._ledger, job)
-                except FarmError as exc:
-                    log.warning("controls not read: %s", exc.message)
-                    continue
-                if stop:
-                    self._drop(self._dispatch.stop(job, stop))
+                async with self._jobs[job]:
+                    try:
+                        stop = await asyncio.to_thread(stopped, self._ledger, job)
+                    except FarmError as exc:
+                        log.warning("controls not read", extra={"job": job, "reason": exc.message})
+                        continue
+                    if stop:
+                        self._drop(self._dispatch.stop(job, stop))
 
     def _drop(self, leases: tuple[tuple[str, str], ...]) -> None:
         for renderer, token in leases:
@@ -246,3 +288,16 @@ class DispatcherActor:
     def _wake_all(self) -> None:
         wake, self._wake = self._wake, asyncio.Event()
         wake.set()
+
+
+def _background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Run what must never end by an error: if it does, this process ends, and Ray starts the actor anew."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(_end_on_error)
+    return task
+
+
+def _end_on_error(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("the dispatcher cannot go on", exc_info=task.exception())
+        os._exit(1)

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 import ray
 from filelock import FileLock, Timeout
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from actors.logs import log_to_stderr
 from actors.names import DISPATCHER, NAMESPACE
 from farm.errors import FarmUnavailableError
-from farm.lease import Ask, Completion, GiveBack, Hello, Reply, Report
+from farm.lease import Ask, Beat, Completion, GiveBack, Hello, Renewal, Reply
 from farm.ledger import Ledger
 from farm.renderer import Renderer
 from farm.settings import Settings
@@ -39,9 +39,9 @@ class DispatcherLink:
         reply: Reply = await self._call("ask", question)
         return reply
 
-    async def renew(self, renderer: str, reports: tuple[Report, ...]) -> tuple[str, ...]:
-        gone: tuple[str, ...] = await self._call("renew", renderer, reports)
-        return gone
+    async def renew(self, beat: Beat) -> Renewal:
+        renewal: Renewal = await self._call("renew", beat)
+        return renewal
 
     async def complete(self, completion: Completion) -> None:
         await self._call("complete", completion)
@@ -55,11 +55,11 @@ class DispatcherLink:
                 self._handle = await asyncio.to_thread(ray.get_actor, DISPATCHER, NAMESPACE)
             call: Awaitable[Any] = getattr(self._handle, method).remote(*arguments)
             return await asyncio.wait_for(call, CALL_S)
-        except (RayActorError, GetTimeoutError, TimeoutError, ValueError) as exc:
+        except RayTaskError:
+            raise  # it answered, with an error of its own: asking again would bring the same
+        except (RayError, TimeoutError, ValueError) as exc:
             self._handle = None
             raise FarmUnavailableError(f"the dispatcher does not answer {method}: {exc}") from exc
-        except RayTaskError as exc:
-            raise FarmUnavailableError(f"the dispatcher failed in {method}: {exc.cause}") from exc
 
 
 @ray.remote

@@ -6,6 +6,7 @@ where the row sets none) and `carry.NAME` for each carried column. Every fault i
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -34,6 +35,7 @@ _PARAM_KINDS: dict[str, Kind] = {
     "guidance_scale": "float",
 }
 _KIND_WORDS = {"text": "text", "int": "a whole number", "float": "a number", "carried": "text, a number or true/false"}
+_NUMBER = re.compile(r"[-+0-9.eE]+")
 _ARROW_TYPES = {"text": pa.string(), "int": pa.int64(), "float": pa.float64()}
 
 
@@ -232,6 +234,8 @@ def _csv_value(value: str, column: Column, chunk: Chunk, row: int) -> Any:
     if column.kind in ("text", "carried"):
         return value
     try:
+        if not _NUMBER.fullmatch(value.strip()):  # int() and float() read 64_0 and other scripts' digits too
+            raise ValueError
         number = int(value) if column.kind == "int" else float(value)
     except ValueError:
         number = math.nan

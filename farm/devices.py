@@ -12,7 +12,8 @@ from farm.errors import PlacementError
 from farm.modelcard import ModelCard
 from farm.plan import Numerics
 
-PACKAGES = ("torch", "diffusers", "transformers")
+PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "pillow")
+"""What decides bytes: how prompts are cut, how pixels are computed, how they become a file."""
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which bfloat16 is native; torch's own check counts emulation as support."""
 

@@ -6,13 +6,12 @@ and never truth.
 """
 
 import heapq
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from farm.lease import LEASE_S, Ask, Completion, GiveBack, Hello, Lease, Reply, Report
+from farm.lease import CONFIRM_S, LEASE_S, Ask, Beat, Completion, GiveBack, Hello, Lease, Renewal, Reply, Report
 from farm.queue import Waiting, next_job
-from farm.retry import IDLE_DEATHS_BEFORE_STALL, Blame, after_failure
-from farm.run import FINALISE, RunEntry, RunState
+from farm.retry import FINALISE_DEATHS_BEFORE_STALL, IDLE_DEATHS_BEFORE_STALL, Blame, after_failure
+from farm.run import FINALISE, JobProgress, RunEntry, RunState
 
 STAGE_LIMIT_S = {
     "waiting": 3600.0,
@@ -26,35 +25,19 @@ STAGE_LIMIT_S = {
 """Seconds without progress after which a lease expires though its renderer still answers."""
 RATE_WINDOW_S = 30.0
 """Span of the measured images per second."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobProgress:
-    """A snapshot of a job's open pass. `fraction` counts the steps of shards in hand; `images_per_s` is of late."""
-
-    job: str
-    run: str
-    pass_number: int
-    state: str
-    images: int
-    done: int
-    failed: int
-    fraction: float
-    images_per_s: float | None
-    eta_s: float | None
-    renderers: int
-    renderers_busy: int
-    message: str | None
-    seconds: dict[str, float]
+PAUSE_S = 5.0
+"""A tick this late means that this process stood still, and heard nobody meanwhile: that is nobody's silence."""
+RUNS_KEPT = 256
+"""Finalised runs that progress can still be asked of."""
 
 
 @dataclass(slots=True)
 class _Held:
-    """A lease given out, and when it last showed life."""
+    """A lease given out, and when it was last reported and last showed progress."""
 
     lease: Lease
     renderer: str
-    renewed_at: float
+    reported_at: float
     progressed_at: float
     report: Report | None = None
 
@@ -63,6 +46,7 @@ class _Held:
 class _Renderer:
     incarnation: str
     device: str
+    heard_at: float
     sequence: int = -1
     answered: Lease | None = None
     unfit: set[str] = field(default_factory=set)
@@ -77,18 +61,26 @@ class Dispatch:
         self._held: dict[str, _Held] = {}
         self._renderers: dict[str, _Renderer] = {}
         self._granted = 0
+        self._ticked_at: float | None = None
 
     # Runs
 
     def add(self, entry: RunEntry) -> None:
         """Take up a run's open pass; one already known is left as it is, unless it is a later pass or was stopped."""
         known = self._runs.get(entry.run)
+        if known and known.entry.pass_number > entry.pass_number:
+            return
         if known and known.entry.pass_number == entry.pass_number and not (known.stopped or known.stalled):
             return
         if known:
             self._drop_leases(known)
+        for renderer in self._renderers.values():
+            renderer.unfit.discard(entry.run)
         run = RunState(entry)
         self._runs[entry.run] = run
+        finalised = [name for name, one in self._runs.items() if one.finalised]
+        for name in finalised[:-RUNS_KEPT]:
+            del self._runs[name]
         for held in self._held.values():
             if held.lease.run == entry.run and held.lease.pass_number == entry.pass_number:
                 self._attach(run, held.lease)
@@ -112,34 +104,55 @@ class Dispatch:
         """Know a renderer, and take over the leases that it holds; returns tokens that it should drop."""
         known = self._renderers.get(hello.renderer)
         if known and known.incarnation != hello.incarnation:
-            self.lost(hello.renderer, now=now)
-        self._renderers[hello.renderer] = _Renderer(hello.incarnation, hello.device)
-        refused = []
-        for lease in hello.held:
-            run = self._runs.get(lease.run)
-            taken = run is not None and run.held.get(lease.shard, lease.token) != lease.token
-            if taken or (run is not None and run.stopped):
-                refused.append(lease.token)
-                continue
-            self._held[lease.token] = _Held(lease, hello.renderer, now, now)
-            if run is not None:
-                self._attach(run, lease)
-        return tuple(refused)
+            self.lost(hello.renderer)
+        unfit = known.unfit if known else set()
+        self._renderers[hello.renderer] = _Renderer(hello.incarnation, hello.device, now, unfit=unfit)
+        return tuple(lease.token for lease in hello.held if not self._take_over(lease, hello.renderer, now))
 
-    def lost(self, renderer: str, *, now: float) -> None:
-        """A renderer's process ended: its leases go back at once, and what it had in hand is counted against."""
+    def _take_over(self, lease: Lease, renderer: str, now: float) -> bool:
+        """Let a renderer keep a lease that it reports, unless it is done, stopped, of another pass or someone else's."""
+        run = self._runs.get(lease.run)
+        if run is not None:
+            holder = run.finaliser if lease.task == "finalise" else run.held.get(lease.shard)
+            if (
+                run.stopped
+                or run.finalised
+                or lease.pass_number != run.entry.pass_number
+                or (lease.task == "render" and run.done[lease.shard])
+                or (holder is not None and holder != lease.token)
+            ):
+                return False
+            self._attach(run, lease)
+        self._held[lease.token] = _Held(lease, renderer, now, now)
+        return True
+
+    def lost(self, renderer: str, *, blame: bool = True) -> None:
+        """A renderer's process ended: its leases go back at once, and what it had in hand is blamed where `blame`."""
         self._renderers.pop(renderer, None)
         mine = [held for held in self._held.values() if held.renderer == renderer]
-        rendering = next((h for h in mine if h.report and h.report.in_hand), None)
-        for held in mine:
-            run = self._release(held)
-            if run is None or held.lease.task == "finalise":
-                continue
-            if held is rendering and held.report:
+        runs = [(held, self._release(held)) for held in mine]
+        if blame:
+            self._blame([(held, run) for held, run in runs if run is not None])
+        self._stall_unfit()
+
+    def _blame(self, lost: list[tuple[_Held, RunState]]) -> None:
+        """Count a death against the batch that was on the device, else against the run whose model was loading."""
+        rendering = [(held, run) for held, run in lost if held.report and held.report.in_hand]
+        for held, run in rendering:
+            if held.report:
                 run.blame.setdefault(held.lease.shard, Blame()).died(held.report.in_hand)
-            elif rendering is None and held is mine[0]:
+        for held, run in lost[:1] if not rendering else ():
+            if held.lease.task == "finalise":
+                run.finalise_deaths += 1
+            else:
                 run.idle_deaths += 1
-            if run.idle_deaths >= IDLE_DEATHS_BEFORE_STALL:
+            if run.finalise_deaths >= FINALISE_DEATHS_BEFORE_STALL:
+                run.stall(
+                    "renderer_died",
+                    f"writing the dataset ended its renderer {run.finalise_deaths} times; look into the renderers' logs, "
+                    "check host memory, then render again",
+                )
+            elif run.idle_deaths >= IDLE_DEATHS_BEFORE_STALL:
                 run.stall(
                     "renderer_died",
                     f"renderers died {run.idle_deaths} times without finishing a batch of {run.entry.model}; "
@@ -148,33 +161,45 @@ class Dispatch:
 
     # Leases
 
-    def ask(self, question: Ask, *, now: float) -> Reply:
-        """Answer a renderer's question for work. A lease of None means: nothing for you now."""
-        renderer = self._renderers.get(question.renderer)
-        if question.epoch != self.epoch or renderer is None or renderer.incarnation != question.incarnation:
+    def ask(self, question: Ask, *, now: float, grants: bool = True) -> Reply:
+        """Answer a renderer's question for work. A lease of None means: nothing for you now.
+
+        Without `grants` no new lease is given: renderers that live may still have to report theirs.
+        """
+        renderer = self._known(question, now)
+        if renderer is None:
             return Reply(self.epoch, meet=True)
         if question.sequence == renderer.sequence and renderer.answered and renderer.answered.token in self._held:
             return Reply(self.epoch, renderer.answered)
+        if not grants or question.sequence <= renderer.sequence:
+            return Reply(self.epoch)
         lease = self._grant(question, renderer, now)
-        renderer.sequence, renderer.answered = question.sequence, lease
+        if lease is not None:
+            renderer.sequence, renderer.answered = question.sequence, lease
         return Reply(self.epoch, lease)
 
-    def renew(self, renderer: str, reports: Iterable[Report], *, now: float) -> tuple[str, ...]:
-        """Keep leases alive and note their progress; returns tokens that are no longer the renderer's to work on."""
+    def renew(self, beat: Beat, *, now: float) -> Renewal:
+        """Keep a renderer's leases alive and note their progress."""
+        if self._known(beat, now) is None:
+            return Renewal(self.epoch, meet=True)
         gone = []
-        for report in reports:
+        for report in beat.reports:
             held = self._held.get(report.token)
-            if held is None or held.renderer != renderer:
+            if held is None or held.renderer != beat.renderer:
                 gone.append(report.token)
                 continue
-            held.renewed_at = now
+            held.reported_at = now
             before = held.report
             if before is None or report.ticks > before.ticks or report.stage != before.stage:
                 held.progressed_at = now
             if before and before.in_hand and before.in_hand != report.in_hand:
                 self._batch_finished(held.lease)
             held.report = report
-        return tuple(gone)
+        if beat.whole:
+            for held in [held for held in self._held.values() if held.renderer == beat.renderer]:
+                if now - held.reported_at > CONFIRM_S:
+                    self._release(held)
+        return Renewal(self.epoch, tuple(gone))
 
     def complete(self, completion: Completion, *, now: float) -> tuple[tuple[str, str], ...]:
         """A receipt exists. Honoured whatever became of the lease; returns (renderer, token) of twins to end."""
@@ -186,8 +211,6 @@ class Dispatch:
         if run is None or run.entry.pass_number != lease.pass_number:
             return ()
         run.failures, run.idle_deaths, run.message, run.not_before = 0, 0, None, 0.0
-        for stage, seconds in completion.seconds.items():
-            run.seconds[stage] = run.seconds.get(stage, 0.0) + seconds
         if lease.task == "finalise":
             run.finalised = True
             return ()
@@ -195,6 +218,8 @@ class Dispatch:
             run.done[lease.shard] = True
             run.done_images += run.shard_size(lease.shard)
             run.failed += completion.failed
+            for stage, seconds in completion.seconds.items():
+                run.seconds[stage] = run.seconds.get(stage, 0.0) + seconds
         run.blame.pop(lease.shard, None)
         twin = self._held.get(run.held.pop(lease.shard, ""))
         if twin is None:
@@ -223,28 +248,35 @@ class Dispatch:
             renderer = self._renderers.get(end.renderer)
             if renderer:
                 renderer.unfit.add(run.entry.run)
-            if all(run.entry.run in other.unfit for other in self._renderers.values()):
-                run.stall(end.code, end.message)
+            run.unfit = (end.code, end.message)
+            self._stall_unfit()
 
-    def tick(self, *, now: float) -> tuple[tuple[str, str, str], ...]:
-        """Expire what shows no life and sample the speed; returns (renderer, token, why) of leases that expired.
+    def tick(self, *, now: float) -> tuple[tuple[str, str], ...]:
+        """Give up renderers that show no life and sample the speed; returns (renderer, why) of those to be ended.
 
-        `why` is `silent` (nothing was heard) or `stuck` (it answers, and nothing progresses).
+        `why` is `silent` (nothing was heard of it) or `stuck` (it reports, and nothing progresses).
         """
-        expired = []
-        for held in list(self._held.values()):
-            limit_s = STAGE_LIMIT_S[held.report.stage] if held.report else LEASE_S
-            if now - held.renewed_at > LEASE_S:
-                expired.append((held.renderer, held.lease.token, "silent"))
-                self._release(held)
-            elif now - held.progressed_at > limit_s:
-                expired.append((held.renderer, held.lease.token, "stuck"))
-                self._release(held)
+        late = now - self._ticked_at if self._ticked_at is not None else 0.0
+        self._ticked_at = now
+        if late > PAUSE_S:
+            for renderer in self._renderers.values():
+                renderer.heard_at += late
+            for held in self._held.values():
+                held.reported_at += late
+                held.progressed_at += late
+        given_up = [(name, "silent") for name, one in self._renderers.items() if now - one.heard_at > LEASE_S]
+        for held in self._held.values():
+            stuck = held.report and now - held.progressed_at > STAGE_LIMIT_S[held.report.stage]
+            if stuck and held.renderer in self._renderers:
+                given_up.append((held.renderer, "stuck"))
+        given_up = list(dict(reversed(given_up)).items())
+        for name, why in given_up:
+            self.lost(name, blame=why == "stuck")
         for run in self._runs.values():
             run.samples.append((now, self._images_done(run)))
             while run.samples and now - run.samples[0][0] > RATE_WINDOW_S:
                 run.samples.popleft()
-        return tuple(expired)
+        return tuple(given_up)
 
     # Looking
 
@@ -288,9 +320,24 @@ class Dispatch:
     def _images_done(self, run: RunState) -> float:
         done = float(run.done_images)
         for token in run.held.values():
-            held = self._held[token]
-            done += held.report.fraction * held.lease.images if held.report else 0.0
+            held = self._held.get(token)
+            done += held.report.fraction * held.lease.images if held and held.report else 0.0
         return done
+
+    def _known(self, caller: Ask | Beat, now: float) -> _Renderer | None:
+        """The renderer that calls, if it has met this dispatcher."""
+        renderer = self._renderers.get(caller.renderer)
+        if caller.epoch != self.epoch or renderer is None or renderer.incarnation != caller.incarnation:
+            return None
+        renderer.heard_at = now
+        return renderer
+
+    def _stall_unfit(self) -> None:
+        """Stall the runs that every renderer has refused."""
+        for run in self._runs.values():
+            refused = self._renderers and all(run.entry.run in one.unfit for one in self._renderers.values())
+            if run.unfit and refused and not (run.stalled or run.finalised):
+                run.stall(*run.unfit)
 
     def _grant(self, question: Ask, renderer: _Renderer, now: float) -> Lease | None:
         """Give the next piece of work, one at a time for each renderer and task it asks for."""

@@ -124,8 +124,15 @@ class Engine:
         self._cache.clear()
         self._family.unload()
 
+    def recover(self) -> None:
+        """Free what a failed batch left behind. Call it outside the `except` block: a traceback keeps tensors alive."""
+        self._family.recover()
+
     def batches(self, specs: Sequence[ImageSpec]) -> list[Batch]:
-        """Cut a shard's images into batches: by shape in order of first appearance, then `numerics.batch` at a time."""
+        """Cut a shard's images into batches: by shape in order of first appearance, then `numerics.batch` at a time.
+
+        Raises RenderError where the tokenizer fails on a prompt.
+        """
         tokens: dict[str, Tokens] = {}
         groups: dict[Hashable, list[ImageSpec]] = {}
         for spec in specs:
@@ -198,7 +205,8 @@ class Engine:
     ) -> dict[str, float]:
         """Render one batch; returns seconds by stage. Pictures come when all of the batch is done.
 
-        Raises CancelledError after a denoising step, OutOfMemoryError, or RenderError for whatever the pipeline raised.
+        Raises CancelledError after a denoising step, OutOfMemoryError, DeviceLostError, or RenderError for whatever the
+        pipeline raised.
         """
         family, first = self._family, batch.specs[0]
         times = [time.perf_counter()]

@@ -173,6 +173,12 @@ class OutOfMemoryError(RenderError):
     code = "out_of_memory"
 
 
+class DeviceLostError(FarmError):
+    """Raised when the device itself failed, not the work on it; the renderer's process must end."""
+
+    code = "device_lost"
+
+
 class CancelledError(FarmError):
     """Raised inside a render when somebody asked it to stop; nothing of the unfinished batch is kept."""
 

@@ -10,7 +10,7 @@ import logging
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -39,10 +39,13 @@ PAUSE_S = 60.0  # a longer time in which no shard was in hand is no part of a jo
 _JSON = {b"farm": b"json"}
 
 
-def finalise(ledger: Ledger, plan: Plan, pass_number: int) -> Totals:
+def finalise(
+    ledger: Ledger, plan: Plan, pass_number: int, *, on_rows: Callable[[int], None] = lambda rows: None
+) -> Totals:
     """Write dataset parts, contact sheet and totals of a pass whose shards are all done, and return the totals.
 
-    Raises ControlError where shards are missing, RecordError where receipts and plan disagree.
+    `on_rows` is told the count of rows done now and then. Raises ControlError where shards are missing, RecordError
+    where receipts and plan disagree.
     """
     for number in range(1, pass_number + 1):
         done = ledger.done_shards(plan, number)
@@ -59,6 +62,8 @@ def finalise(ledger: Ledger, plan: Plan, pass_number: int) -> Totals:
     for row in _rows(ledger, plan, pass_number, tally):
         tally.add_row(row)
         parts.add(row)
+        if (done_rows := tally.ok + tally.failed) % CHUNK_ROWS == 0:
+            on_rows(done_rows)
         if row.index in wanted:
             shown.append(row)
     images = tally.ok + tally.failed

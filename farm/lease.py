@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 LEASE_S = 30.0
-"""A lease that was not renewed for this long goes back."""
+"""A renderer that was not heard of for this long loses what it holds."""
+CONFIRM_S = 5.0
+"""A lease that its renderer, which is heard of, does not report within this time never reached it, and goes back."""
 RENEW_S = 1.0
-"""How often a renderer renews what it holds."""
+"""How often a renderer reports, with leases or without."""
 POLL_S = 10.0
 """How long a renderer's question for work stays parked when there is none."""
 
@@ -66,6 +68,29 @@ class Report:
     ticks: int
     fraction: float
     in_hand: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A renderer's sign of life, with a report on every lease that it holds.
+
+    `whole`: `reports` are all that it holds, so that what is missing never reached it or has ended.
+    """
+
+    renderer: str
+    incarnation: str
+    epoch: str
+    reports: tuple[Report, ...]
+    whole: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """The answer to a beat: tokens to drop. `meet`: say hello first; nothing is to be dropped before that."""
+
+    epoch: str
+    gone: tuple[str, ...] = ()
+    meet: bool = False
 
 
 @dataclass(frozen=True, slots=True)

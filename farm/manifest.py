@@ -4,7 +4,7 @@ Owns its schema and how a file becomes a record. Knows what stands in the file a
 exists, a size fits it, or a prompt file can be read is found out where those are opened.
 """
 
-import codecs
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +60,9 @@ class PromptFile(Section):
     @classmethod
     def _known_encoding(cls, value: str) -> str:
         try:
-            codecs.lookup(value)
-        except LookupError as exc:
-            raise _fault(f"no such encoding, got {shown(value)}; leave it out for UTF-8") from exc
+            io.TextIOWrapper(io.BytesIO(), encoding=value)  # codecs.lookup() knows hex and its like, which give no text
+        except (LookupError, ValueError) as exc:
+            raise _fault(f"no such encoding of text, got {shown(value)}; leave it out for UTF-8") from exc
         return value
 
     @field_validator("carry")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from farm.errors import ModelCardError, UnknownModelError
+from farm.hub import commit_of
 from farm.settings import Settings
 from farm.yamlfile import did_you_mean, read_yaml, shown, validate
 
@@ -57,7 +58,7 @@ class Source(Card):
     )
     hub: str | None = Field(default=None, description="hub id")
     revision: str | None = Field(
-        default=None, description="commit of the hub id; of a folder, what `pinned` found in it"
+        default=None, description="commit, tag or branch of the hub id; in a plan what `pinned` found"
     )
 
 
@@ -191,16 +192,21 @@ def source_folder(source: Source) -> Path | None:
 
 
 def pinned(card: ModelCard) -> ModelCard:
-    """Return the card with `source.revision` filled in for weights in a folder, from names, sizes and contents.
+    """Return the card with the `source.revision` that its weights have now: a hub id's commit, or a folder's digest.
 
-    Of a file above 64 MiB only the first and the last MiB are read, so that planning is quick. Raises ModelCardError.
+    The digest is over names, sizes and contents of what lies in the folder, but for dot files and dot folders; of a file
+    above 64 MiB only the first and the last MiB are read, so that planning is quick. Raises ModelCardError.
     """
-    folder = source_folder(card.source)
+    source = card.source
+    if source.hub is not None:
+        commit = commit_of(card.name, source.hub, source.revision)
+        return card.model_copy(update={"source": source.model_copy(update={"revision": commit})})
+    folder = source_folder(source)
     if folder is None:
         return card
     digest = hashlib.sha256()
     try:
-        for file in sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")):
+        for file in _visible_files(folder):
             size = file.stat().st_size
             digest.update(f"{file.relative_to(folder).as_posix()}\0{size}\0".encode())
             with file.open("rb") as data:
@@ -215,7 +221,16 @@ def pinned(card: ModelCard) -> ModelCard:
             f"{exc.filename}: cannot be read: {exc.strerror}; check the weights of {card.name}"
         ) from exc
     revision = f"sha256:{digest.hexdigest()}"
-    return card.model_copy(update={"source": card.source.model_copy(update={"revision": revision})})
+    return card.model_copy(update={"source": source.model_copy(update={"revision": revision})})
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """Files below a folder, sorted; not what editors, git and the hub's client keep under names with a dot."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
 
 
 def param_fault(card: ModelCard, params: RenderParams) -> ParamFault | None:

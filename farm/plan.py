@@ -40,7 +40,7 @@ class Numerics(Record):
     dtype: Literal["float32", "bfloat16", "float16"]
     batch: int = Field(gt=0, description="images per batch of one shape")
     threads: int = Field(gt=0, description="torch threads of a CPU renderer; 1 on a GPU")
-    versions: dict[str, str] = Field(description="package -> version: torch, diffusers, transformers")
+    versions: dict[str, str] = Field(description="package -> version of what decides bytes")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,12 @@
 """Copy a job's pictures and dataset into a folder that Hugging Face `datasets` reads as an ImageFolder.
 
-    to/metadata.jsonl                 a line a picture: file_name, text, and what it was made from
-    to/images/0001/000000/<name>      0001 is the job's first run; at most 1,000 pictures a folder
-    to/dataset/0001/part-00000.parquet   the dataset with the failed images too
-    to/.farm-pull.json                says which job the folder belongs to
+    to/train/metadata.jsonl               a line a picture: file_name, text, and what it was made from
+    to/train/images/0001/000000/<name>    0001 is the job's first run; at most 1,000 pictures a folder
+    to/dataset/0001/part-00000.parquet    the dataset with the failed images too
+    to/.farm-pull.json                    says which job the folder belongs to
+
+`datasets` guesses splits from names, and formats from counts of files. A folder `train` settles both: whatever the
+pictures are called they are one split, and the Parquet beside it is not taken for the data.
 
 Every file appears whole or not at all, and one that is there and right is left alone: an interrupted pull goes on where
 it stopped. Nothing that this module did not write is ever written over.
@@ -12,6 +15,7 @@ it stopped. Nothing that this module did not write is ever written over.
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +31,8 @@ from farm.prefetch import in_order
 from farm.receipt import ImageRow
 
 MARKER = ".farm-pull.json"
-OURS = ("metadata.jsonl", "images", "dataset")
+SPLIT = "train"
+OURS = (SPLIT, "dataset")
 READ_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -57,7 +62,7 @@ def pull(
     """
     _claim(ledger, plans[0].job, to)
     pulled = Pulled()
-    with _translated(to), _replacing(to / "metadata.jsonl") as lines:
+    with _translated(to), _replacing(to / SPLIT / "metadata.jsonl") as lines:
         for number, plan in enumerate(plans, start=1):
             fetched = in_order(lambda row: _fetch(ledger, row, to, number), ledger.rows(plan), threads=threads)  # noqa: B023
             for one in fetched:
@@ -67,7 +72,7 @@ def pull(
                 pulled.pictures += 1
                 pulled.kept += one.kept
                 pulled.size_bytes += one.row.size_bytes or 0
-                lines.write(json.dumps(_metadata(one.row, one.file_name), ensure_ascii=False) + "\n")
+                lines.write(json.dumps(_metadata(one.row, one.file_name), ensure_ascii=False, allow_nan=False) + "\n")
                 progress(pulled)
             _fetch_dataset(ledger, plan, to / "dataset" / f"{number:04d}")
     return pulled
@@ -85,7 +90,7 @@ def _fetch(ledger: Ledger, row: ImageRow, to: Path, number: int) -> _Fetched:
         return _Fetched(row, None)
     *_, folder, name = row.object.split("/")
     file_name = f"images/{number:04d}/{folder}/{name}"
-    path = to / file_name
+    path = to / SPLIT / file_name
     if path.exists():
         if _is(path, row):
             return _Fetched(row, file_name, kept=True)
@@ -141,7 +146,12 @@ def _metadata(row: ImageRow, file_name: str) -> dict[str, Any]:
         "phash": row.phash,
         "flag": row.flag,
     }
-    carried = {f"carried_{name}" if name in line else name: value for name, value in row.carry.items()}
+    # JSON has no NaN and no infinity; the dataset beside it keeps them.
+    values = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.carry.items()
+    }
+    carried = {f"carried_{name}" if name in line else name: value for name, value in values.items()}
     return line | carried
 
 
@@ -187,6 +197,7 @@ def _write(path: Path, data: bytes) -> None:
 def _replacing(path: Path) -> Iterator[TextIO]:
     """Open a text file that takes the place of `path` when the block ends well, and goes away otherwise."""
     temporary = path.with_name(f".{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("w", encoding="utf-8") as file:
             yield file

@@ -7,6 +7,7 @@ every call to the dispatcher may fail, be repeated, or come too late, and nothin
 
 import asyncio
 import logging
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -15,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from farm.engine import Engine
-from farm.errors import CancelledError, FarmError, FarmUnavailableError, RecordError
+from farm.errors import CancelledError, DeviceLostError, FarmError, FarmUnavailableError, RecordError
 from farm.export import finalise
-from farm.lease import RENEW_S, Ask, Completion, GiveBack, Hello, Lease, Reply, Report
+from farm.lease import RENEW_S, Ask, Beat, Completion, GiveBack, Hello, Lease, Renewal, Reply, Report
 from farm.ledger import Ledger
 from farm.plan import Plan
 from farm.shard import ShardProgress, ShardRunner
@@ -32,6 +33,9 @@ LEASES_HELD = 2
 """One on the device, one whose pictures are still being stored."""
 
 RUNNERS_KEPT = 4
+ANNOUNCE_S = 5.0
+"""How long a batch that may end this process waits for the dispatcher to know of it."""
+DEVICE_LOST_EXIT = 70
 
 
 class Link(Protocol):
@@ -43,8 +47,8 @@ class Link(Protocol):
     async def ask(self, question: Ask) -> Reply:
         """Wait for work, for some seconds at most."""
 
-    async def renew(self, renderer: str, reports: tuple[Report, ...]) -> tuple[str, ...]:
-        """Report on held leases; returns tokens to drop."""
+    async def renew(self, beat: Beat) -> Renewal:
+        """Show life and report on held leases."""
 
     async def complete(self, completion: Completion) -> None:
         """Tell that a receipt is stored."""
@@ -64,20 +68,34 @@ class _Task:
 
 
 class Renderer:
-    """One device's worker. `work` returns when it was retired and everything in hand has ended."""
+    """One device's worker. `work` returns when it was retired and everything in hand has ended.
 
-    def __init__(self, *, name: str, incarnation: str, device: str, vram_gib: float, ledger: Ledger, link: Link):
+    A device that failed takes every later batch with it: `end_process` then ends this process, and another takes its place.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        incarnation: str,
+        device: str,
+        vram_gib: float,
+        ledger: Ledger,
+        link: Link,
+        end_process: Callable[[int], object] = os._exit,
+    ):
         self.name = name
         self._incarnation = incarnation
         self._device = device
         self._vram_gib = vram_gib
         self._ledger = ledger
         self._link = link
+        self._end_process = end_process
         self._epoch = ""
         self._sequence = 0
         self._tasks: dict[str, _Task] = {}
         self._changed = asyncio.Event()
-        self._retired = False
+        self._retired = asyncio.Event()
         self._threads = ThreadPoolExecutor(LEASES_HELD, thread_name_prefix="shard")
         self._on_device = threading.Lock()
         self._engine: Engine | None = None
@@ -89,12 +107,12 @@ class Renderer:
         beat = asyncio.create_task(self._beat())
         serving: set[asyncio.Task[None]] = set()
         try:
-            while not self._retired:
+            while not self._retired.is_set():
                 if not self._has_room():
                     self._changed.clear()
                     await self._changed.wait()
                     continue
-                lease = await self._ask()
+                lease = await self._ask_unless_retired()
                 if lease is not None and lease.token not in self._tasks:
                     serving.add(served := asyncio.create_task(self._serve(lease)))
                     served.add_done_callback(serving.discard)
@@ -106,7 +124,7 @@ class Renderer:
 
     def retire(self) -> None:
         """Take no more leases, and give back those in hand within a denoising step."""
-        self._retired = True
+        self._retired.set()
         for token in list(self._tasks):
             self.drop(token)
         self._changed.set()
@@ -122,82 +140,108 @@ class Renderer:
     def _has_room(self) -> bool:
         return len(self._tasks) < LEASES_HELD and all(task.asks_next for task in self._tasks.values())
 
-    async def _ask(self) -> Lease | None:
-        question = Ask(
-            self.name,
-            self._incarnation,
-            self._epoch,
-            self._sequence,
-            self._engine.card.name if self._engine else None,
-        )
-        reply = await self._call(lambda: self._link.ask(question))
-        if reply is None or reply.meet:
-            self._epoch = reply.epoch if reply else ""
-            await self._meet()
+    async def _ask_unless_retired(self) -> Lease | None:
+        """Ask for work; a question in flight when retired is dropped, and the lease it may bring is never reported."""
+        asking = asyncio.create_task(self._ask())
+        retired = asyncio.create_task(self._retired.wait())
+        await asyncio.wait((asking, retired), return_when=asyncio.FIRST_COMPLETED)
+        retired.cancel()
+        if not asking.done():
+            asking.cancel()
             return None
-        self._sequence += 1
-        return reply.lease
+        return asking.result()
+
+    async def _ask(self) -> Lease | None:
+        engine = self._engine
+        question = Ask(self.name, self._incarnation, self._epoch, self._sequence, engine.card.name if engine else None)
+        try:
+            reply = await self._call(lambda: self._link.ask(question))
+            self._sequence += 1
+            if reply.meet:
+                self._epoch = reply.epoch
+                await self._call(self._meet)
+                return None
+            return reply.lease
+        except Exception:
+            log.exception("the dispatcher failed to answer", extra={"renderer": self.name})
+            await asyncio.sleep(RENEW_S)
+            return None
 
     async def _meet(self) -> None:
         held = tuple(task.lease for task in self._tasks.values() if not task.stop.is_set())
-        hello = Hello(self.name, self._incarnation, self._device, held)
-        for token in await self._call(lambda: self._link.meet(hello)) or ():
+        for token in await self._link.meet(Hello(self.name, self._incarnation, self._device, held)):
             self.drop(token)
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(RENEW_S)
             reports = tuple(_report(task) for task in self._tasks.values() if not task.stop.is_set())
-            if not reports:
-                continue
             try:
-                for token in await self._link.renew(self.name, reports):
-                    self.drop(token)
+                await self._renew(reports, whole=True)
             except FarmUnavailableError:
-                log.info("renewal not answered", extra={"renderer": self.name})
+                log.info("no answer to a beat", extra={"renderer": self.name})
+            except Exception:
+                log.exception("the dispatcher failed on a beat", extra={"renderer": self.name})
+
+    async def _renew(self, reports: tuple[Report, ...], *, whole: bool) -> None:
+        renewal = await self._link.renew(Beat(self.name, self._incarnation, self._epoch, reports, whole))
+        if renewal.meet:
+            self._epoch = renewal.epoch
+            await self._meet()
+        for token in renewal.gone:
+            self.drop(token)
 
     async def _serve(self, lease: Lease) -> None:
         task = _Task(lease)
         self._tasks[lease.token] = task
         loop = asyncio.get_running_loop()
         try:
-            completion = await loop.run_in_executor(self._threads, self._work_on, task, loop)
-            await self._call(lambda: self._link.complete(completion))
-        except FarmError as exc:
-            code = "retired" if self._retired and isinstance(exc, CancelledError) else exc.code
-            await self._give_back(GiveBack(lease, self.name, code, exc.message))
-        except Exception as exc:
-            log.exception("lease failed", extra={"renderer": self.name, "job": lease.job, "shard": lease.shard})
-            await self._give_back(GiveBack(lease, self.name, "internal", f"{type(exc).__name__}: {exc}"))
+            end = await loop.run_in_executor(self._threads, self._result, task, loop)
+            if isinstance(end, Completion):
+                await self._call(lambda: self._link.complete(end))
+                return
+            log.warning("lease given back", extra={"renderer": self.name, "code": end.code, "reason": end.message})
+            await self._call(lambda: self._link.give_back(end))
+            if end.code == DeviceLostError.code:
+                self._end_process(DEVICE_LOST_EXIT)
+        except Exception:
+            # The dispatcher answered with an error of its own. The receipt is stored, or the lease goes back unreported.
+            log.exception("the end of a lease was not heard", extra={"renderer": self.name, "token": lease.token})
         finally:
             del self._tasks[lease.token]
             self._changed.set()
 
-    async def _give_back(self, end: GiveBack) -> None:
-        log.warning("lease given back", extra={"renderer": self.name, "code": end.code, "reason": end.message})
-        await self._call(lambda: self._link.give_back(end))
-
-    async def _call(self, call: Callable[[], Awaitable[T]]) -> T | None:
-        """Make a call until it is answered; None when retired meanwhile."""
+    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Make a call until it is answered. Raises what the dispatcher raised, and FarmUnavailableError once retired."""
         tries = 0
         while True:
             try:
                 return await call()
             except FarmUnavailableError:
-                if self._retired:
-                    return None
+                if self._retired.is_set():
+                    raise
                 await asyncio.sleep(CALL_AGAIN_S[min(tries, len(CALL_AGAIN_S) - 1)])
                 tries += 1
 
     # The threads' side
 
+    def _result(self, task: _Task, loop: asyncio.AbstractEventLoop) -> Completion | GiveBack:
+        """Work on a lease to its end, whichever it is."""
+        lease = task.lease
+        try:
+            return self._work_on(task, loop)
+        except FarmError as exc:
+            code = "retired" if self._retired.is_set() and isinstance(exc, CancelledError) else exc.code
+            return GiveBack(lease, self.name, code, exc.message)
+        except Exception as exc:
+            log.exception("lease failed", extra={"renderer": self.name, "job": lease.job, "shard": lease.shard})
+            return GiveBack(lease, self.name, "internal", f"{type(exc).__name__}: {exc}")
+
     def _work_on(self, task: _Task, loop: asyncio.AbstractEventLoop) -> Completion:
         lease = task.lease
         runner = self._runner(lease)
         if lease.task == "finalise":
-            task.progress = ShardProgress(stage="finalise")
-            totals = finalise(self._ledger, runner.plan, lease.pass_number)
-            return Completion(lease, self.name, totals.ok, totals.failed)
+            return self._finalise(task, runner.plan, loop)
 
         def on_progress(progress: ShardProgress) -> None:
             task.progress = progress
@@ -221,12 +265,25 @@ class Renderer:
         failed = sum(row.status == "failed" for row in receipt.rows)
         return Completion(lease, self.name, len(receipt.rows) - failed, failed, receipt.seconds)
 
+    def _finalise(self, task: _Task, plan: Plan, loop: asyncio.AbstractEventLoop) -> Completion:
+        task.asks_next = True  # it needs no device
+        loop.call_soon_threadsafe(self._changed.set)
+
+        def on_rows(rows: int) -> None:
+            task.progress = ShardProgress(stage="finalise", ticks=rows, fraction=1.0)
+
+        on_rows(0)
+        totals = finalise(self._ledger, plan, task.lease.pass_number, on_rows=on_rows)
+        return Completion(task.lease, self.name, totals.ok, totals.failed)
+
     def _announce(self, task: _Task, loop: asyncio.AbstractEventLoop) -> None:
-        """Let the dispatcher know what is in hand before it can end this process."""
-        report = _report(task)
-        asyncio.run_coroutine_threadsafe(self._call(lambda: self._link.renew(self.name, (report,))), loop).result(
-            timeout=RENEW_S * 5
-        )
+        """Let the dispatcher know what is in hand before it can end this process; for ANNOUNCE_S at most."""
+        told = asyncio.run_coroutine_threadsafe(self._renew((_report(task),), whole=False), loop)
+        try:
+            told.result(timeout=ANNOUNCE_S)
+        except (TimeoutError, FarmUnavailableError):
+            told.cancel()
+            log.warning("announcement not answered", extra={"renderer": self.name, "token": task.lease.token})
 
     def _runner(self, lease: Lease) -> ShardRunner:
         """The runner of a lease's plan; the last few are kept, with the prompts that they have read."""

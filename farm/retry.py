@@ -14,6 +14,8 @@ DEATHS_ALONE_BEFORE_SKIP = 2
 """Deaths with one image in hand, alone, before that image is given up."""
 IDLE_DEATHS_BEFORE_STALL = 4
 """Deaths in a row with no batch finished between them: the model, not an image, ends the process."""
+FINALISE_DEATHS_BEFORE_STALL = 3
+"""Deaths while the dataset was being written before the job waits for a person."""
 ERRORS_BEFORE_STALL = 5
 """Unexplained failures of one shard in a row before the job waits for a person."""
 STORE_WAIT_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)

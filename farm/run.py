@@ -32,6 +32,26 @@ class RunEntry:
     failed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """A snapshot of a job's open pass. `fraction` counts the steps of shards in hand; `images_per_s` is of late."""
+
+    job: str
+    run: str
+    pass_number: int
+    state: str
+    images: int
+    done: int
+    failed: int
+    fraction: float
+    images_per_s: float | None
+    eta_s: float | None
+    renderers: int
+    renderers_busy: int
+    message: str | None
+    seconds: dict[str, float]
+
+
 @dataclass(slots=True)
 class RunState:
     """What is known of a run besides its entry. `held`: shard -> token of its lease."""
@@ -54,6 +74,8 @@ class RunState:
     failures: int = 0
     failing_since: float = 0.0
     idle_deaths: int = 0
+    finalise_deaths: int = 0
+    unfit: tuple[str, str] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     samples: deque[tuple[float, float]] = field(default_factory=deque)
 

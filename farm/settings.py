@@ -1,5 +1,7 @@
 """Settings of the farm: flags over `FARM_*` variables over `farm.toml` over the defaults below."""
 
+import difflib
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -32,8 +34,8 @@ class Settings(BaseSettings):
         default=None, description="Ray address of a running farm; this machine's own where empty"
     )
     runtime_dir: Path = Field(
-        default=Path("/tmp/farm"),
-        description="sockets, locks and logs of farms on this machine; a folder for each user",
+        default_factory=lambda: Path(f"/tmp/farm-{os.getuid()}"),
+        description="where farms of this user on this machine find each other",
     )
 
     @classmethod
@@ -50,14 +52,29 @@ class Settings(BaseSettings):
 
 def load_settings(**flags: object) -> Settings:
     """Read settings; `flags` that are None count as not given. Raises SettingsError naming the value and its bounds."""
+    _refuse_misspelt()
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         return Settings(**given)  # type: ignore[arg-type]
     except ValidationError as exc:
         first = exc.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, list(Settings.model_fields), n=1)
+            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(Settings.model_fields)}"
+            raise SettingsError(f"farm.toml: unknown key {name}; {advice}") from exc
         raise SettingsError(
             f"setting {name}: {first['msg']}, got {first['input']!r}; mend FARM_{name.upper()}, farm.toml or the flag"
         ) from exc
     except (OSError, ValueError) as exc:
         raise SettingsError(f"farm.toml: {exc}; mend it, or move it away") from exc
+
+
+def _refuse_misspelt() -> None:
+    """Raise SettingsError for a variable that is nearly one of ours: it would be passed over without a word."""
+    known = [f"FARM_{name.upper()}" for name in Settings.model_fields]
+    for name in sorted(os.environ):
+        if name.upper().startswith("FARM_") and name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)
+            if near:
+                raise SettingsError(f"variable {name} is no setting; did you mean {near[0]}?")

@@ -1,8 +1,9 @@
 """One shard, from its prompts to its receipt: render, write, climb down the failure ladder, commit.
 
 A batch that fails is rendered again as it was, then image by image; what fails alone becomes a failed row. Out of
-memory, a batch is halved. A store's error is nobody's row: it is raised, and no receipt is left. The receipt comes
-last, when every object that it names is stored; it exists or the shard never happened. Knows no leases and no Ray.
+memory, a batch is halved. A store's error is nobody's row, nor is a lost device: they are raised, and no receipt is
+left. The receipt comes last, when every object that it names is stored; it exists or the shard never happened. Knows no
+leases and no Ray.
 """
 
 import logging
@@ -44,8 +45,9 @@ NOT_WRITTEN = "not_written"
 class ShardProgress:
     """Where a shard stands. `ticks` counts steps, prompts and stored pictures: it only grows while there is progress.
 
-    `fraction`: share of the work done, 0 to 1. `in_hand`: indexes of the batch on the device. `last_batch`: nothing
-    waits for the device after this. `announce`: these images may end the process; who keeps count should know first.
+    `fraction`: share of the work done, 0 to 1. `in_hand`: indexes of the batch on the device, none between batches.
+    `last_batch`: nothing waits for the device after this. `announce`: these images may end the process; who keeps count
+    should know first.
     """
 
     stage: Stage = "waiting"
@@ -99,9 +101,12 @@ class ShardRunner:
 
         `engine` gives the loaded engine of a plan and is called with `on_device` held; the lock is let go as soon as
         the last batch is drawn, so that the next shard draws while this one's pictures are stored. `skip`: images that
-        become failed rows untried, since they ended their renderers. `alone`: images drawn outside their batch.
+        become failed rows untried, since they ended their renderers. `alone`: images drawn outside their batch. From the
+        second `attempt` on every batch is announced before it starts. `on_progress` is called from several threads, one
+        at a time, and each call tells what was true after the one before.
 
-        Raises CancelledError, StoreError, and what loading raises. No receipt is left then, and no thread.
+        Raises CancelledError, StoreError, DeviceLostError, and what loading raises. No receipt is left then, and no
+        thread.
         """
         try:
             return self._ledger.receipt(self.plan, pass_number, shard)
@@ -112,7 +117,9 @@ class ShardRunner:
         indexes = self._ledger.shard_indexes(plan, pass_number, shard)
         with self._prompts_lock:
             specs = self._prompts.specs(indexes)
-        draw = _Drawing(specs, skip=skip, alone=alone, on_progress=on_progress, cancelled=cancelled)
+        draw = _Drawing(
+            specs, skip=skip, alone=alone, announce=attempt > 1, on_progress=on_progress, cancelled=cancelled
+        )
         writer = Writer(
             self._ledger.store,
             plan.output,
@@ -209,6 +216,10 @@ class _Failure:
     code: str
     message: str
 
+    @property
+    def no_memory(self) -> bool:
+        return self.code == OutOfMemoryError.code
+
 
 class _Drawing:
     """A shard's way through the engine: what failed, what was drawn outside its batch, how far it is, how long it took.
@@ -222,15 +233,17 @@ class _Drawing:
         *,
         skip: frozenset[int],
         alone: frozenset[int],
+        announce: bool,
         on_progress: OnProgress,
         cancelled: Callable[[], bool],
     ):
         self._specs = specs
         self._skip = skip
         self._ask_alone = alone
+        self._announce = announce
         self._on_progress = on_progress
         self._cancelled = cancelled
-        self._lock = threading.Lock()
+        self._showing = threading.Lock()
         self._progress = ShardProgress()
         self._drawn = 0
         self._ahead: dict[Tokens, Embedding] = {}
@@ -256,18 +269,38 @@ class _Drawing:
         started = time.perf_counter()
         engine = load()
         self.seconds["load"] = time.perf_counter() - started
-        planned = engine.batches(self._specs)
-        batches = [part for batch in planned for part in self._parts(batch)]
+        batches = [part for batch in self._cut(engine) for part in self._parts(batch)]
         try:
             self._ahead, took = engine.encode_ahead(batches, on_step=self._on_step, cancelled=self._cancelled)
             self.seconds["encode"] += took
         except RenderError as exc:
             # Each batch encodes its own then, and the prompt that cannot be encoded fails with its batch.
             log.warning("encoding ahead failed", extra={"reason": exc.message})
+            ahead = False
+        else:
+            ahead = True
+        if not ahead:
+            engine.recover()
         for number, batch in enumerate(batches, start=1):
-            sole = batch.indexes[0] in self._ask_alone
-            self._show(in_hand=batch.indexes, last_batch=number == len(batches), announce=sole)
-            self._draw(engine, batch, writer)
+            self._draw(engine, batch, writer, last_batch=number == len(batches))
+
+    def _cut(self, engine: Engine) -> list[Batch]:
+        """Cut the planned batches; an image whose prompt the tokenizer fails on, twice and alone, fails and is left out."""
+        for _ in range(2):
+            try:
+                return engine.batches(self._specs)
+            except RenderError as exc:
+                log.warning("batches not cut", extra={"reason": exc.message})
+        sound = []
+        for spec in self._specs:
+            try:
+                engine.batches([spec])
+            except RenderError as exc:
+                if spec.index not in self._skip:
+                    self._fail(spec.index, _Failure(exc.code, exc.message))
+            else:
+                sound.append(spec)
+        return engine.batches(sound)
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Cut out what is to be skipped or drawn alone; whose batch is no longer the planned one is marked."""
@@ -280,52 +313,42 @@ class _Drawing:
             self.alone.update(indexes[i] for i in (*together, *single))
         return [batch.part(places) for places in (together, *([i] for i in single)) if places]
 
-    def _draw(self, engine: Engine, batch: Batch, writer: Writer) -> None:
-        try:
-            self._try(engine, batch, writer)
+    def _draw(self, engine: Engine, batch: Batch, writer: Writer, *, last_batch: bool) -> None:
+        """Draw a batch: where it fails once again as it was, then each image alone; without memory in two halves."""
+        indexes, size = batch.indexes, len(batch.specs)
+        sole = indexes[0] in self._ask_alone
+        self._show(in_hand=indexes, last_batch=last_batch, announce=self._announce or sole)
+        failure = self._try(engine, batch, writer)
+        if failure is not None and not failure.no_memory:
+            log.warning("batch failed, once again", extra={"images": indexes, "reason": failure.message})
+            failure = self._try(engine, batch, writer)
+        if failure is None:
             return
-        except OutOfMemoryError as exc:
-            self._halve(engine, batch, writer, exc)
-            return
-        except RenderError as exc:
-            log.warning("batch failed, once again", extra={"images": batch.indexes, "reason": exc.message})
-        try:
-            self._try(engine, batch, writer)
-        except OutOfMemoryError as exc:
-            self._halve(engine, batch, writer, exc)
-        except RenderError as exc:
-            if len(batch.specs) == 1:
-                self._fail(batch, exc)
-                return
-            log.warning("batch failed twice, each image alone", extra={"images": batch.indexes, "reason": exc.message})
-            self.alone.update(batch.indexes)
-            for place in range(len(batch.specs)):
-                self._draw_alone(engine, batch.part([place]), writer)
-
-    def _draw_alone(self, engine: Engine, batch: Batch, writer: Writer) -> None:
-        self._show(in_hand=batch.indexes, announce=True)
-        try:
-            self._try(engine, batch, writer)
-        except RenderError as exc:
-            self._fail(batch, exc)
-
-    def _halve(self, engine: Engine, batch: Batch, writer: Writer, exc: OutOfMemoryError) -> None:
-        size = len(batch.specs)
         if size == 1:
-            self._fail(batch, exc)
+            self._fail(indexes[0], failure)
             return
-        log.warning("no memory, batch halved", extra={"images": batch.indexes, "reason": exc.message})
-        self.alone.update(batch.indexes)
-        for places in (range(size // 2), range(size // 2, size)):
-            self._draw(engine, batch.part(places), writer)
+        self.alone.update(indexes)
+        if failure.no_memory:
+            log.warning("no memory, batch halved", extra={"images": indexes, "reason": failure.message})
+            for places in (range(size // 2), range(size // 2, size)):
+                self._draw(engine, batch.part(places), writer, last_batch=last_batch)
+            return
+        log.warning("batch failed twice, each image alone", extra={"images": indexes, "reason": failure.message})
+        for place in range(size):
+            self._show(in_hand=(indexes[place],), announce=True)
+            failure = self._try(engine, batch.part([place]), writer)
+            if failure is not None:
+                self._fail(indexes[place], failure)
 
-    def _fail(self, batch: Batch, exc: RenderError) -> None:
-        index = batch.indexes[0]
-        log.error("image failed", extra={"image": index, "code": exc.code, "reason": exc.message})
-        self.failures[index] = _Failure(exc.code, exc.message)
+    def _fail(self, index: int, failure: _Failure) -> None:
+        log.error("image failed", extra={"image": index, "code": failure.code, "reason": failure.message})
+        self.failures[index] = failure
         self._drawn += 1
+        self._show(in_hand=())
 
-    def _try(self, engine: Engine, batch: Batch, writer: Writer) -> None:
+    def _try(self, engine: Engine, batch: Batch, writer: Writer) -> _Failure | None:
+        """Draw a batch and hand its pictures to the writer; or return why not, what it held on the device let go of."""
+
         def on_picture(picture: Picture) -> None:
             if picture.nan:
                 index = picture.spec.index
@@ -338,16 +361,25 @@ class _Drawing:
                 writer.put(picture)
             self._drawn += 1
 
-        spent = engine.render_batch(
-            batch,
-            on_picture=on_picture,
-            on_step=self._on_step,
-            cancelled=self._cancelled,
-            ahead=self._ahead,
-            images_done=self._drawn,
-        )
-        for stage, took in spent.items():
-            self.seconds[stage] += took
+        try:
+            spent = engine.render_batch(
+                batch,
+                on_picture=on_picture,
+                on_step=self._on_step,
+                cancelled=self._cancelled,
+                ahead=self._ahead,
+                images_done=self._drawn,
+            )
+        except RenderError as exc:
+            failure = _Failure(exc.code, exc.message)
+        else:
+            for stage, took in spent.items():
+                self.seconds[stage] += took
+            self._show(in_hand=())
+            return None
+        # Only here, past the block, has the exception gone, and with its traceback the tensors of the frames that failed.
+        engine.recover()
+        return failure
 
     def _on_step(self, step: RenderStep) -> None:
         share = {"denoise": step.step / max(step.steps, 1), "decode": 1.0}.get(step.stage, 0.0)
@@ -362,12 +394,11 @@ class _Drawing:
         self._show()
 
     def _show(self, **changes: object) -> None:
-        with self._lock:
-            before = self._progress
-            fresh: dict[str, Any] = {"announce": False, "ticks": before.ticks + 1} | changes
-            shown = replace(before, **fresh)
-            self._progress = shown
-        self._on_progress(shown)
+        """Publish under the lock, so that no thread's news is overtaken by older ones of another."""
+        with self._showing:
+            fresh: dict[str, Any] = {"announce": False, "ticks": self._progress.ticks + 1} | changes
+            self._progress = replace(self._progress, **fresh)
+            self._on_progress(self._progress)
 
 
 def _acquire(lock: threading.Lock, cancelled: Callable[[], bool]) -> None:

@@ -60,6 +60,8 @@ PROMPT_SIZE = 14
 DETAIL_SIZE = 12
 DETAIL_LINES = 3
 TITLE_SIZE = 24
+LINE_CHARACTERS = 1000
+"""More than fit on any line: what of a text lies beyond is not measured, since Pillow refuses a text of megabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +248,7 @@ def _line_height(font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> list[str]:
     """Break text into at most `lines` lines of `width` pixels, at spaces, else (CJK, long words) between letters."""
+    text = text[: LINE_CHARACTERS * (lines + 1)]
     broken: list[str] = []
     line = ""
     for word in _words(text):

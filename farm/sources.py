@@ -24,6 +24,7 @@ from farm.storage.base import ObjectStore
 from farm.yamlfile import did_you_mean, shown
 
 CHUNK_ROWS = 65_536
+csv.field_size_limit(8 * 2**20)  # csv's own, 128 KiB, is less than a line of the other formats may hold
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".csv", ".parquet")
 LINE_COLUMN = "line"
 """The one column of a .txt file."""
@@ -105,6 +106,8 @@ def missing_column(file: str, column: str, present: Sequence[str]) -> NoReturn:
 
 
 def _on_disk(pattern: str) -> list[SourceFile]:
+    if "://" in pattern:
+        raise PromptError(f"{pattern}: prompts are read from files and s3:// alone; download it, and name the file")
     path = Path(pattern)
     if path.is_dir():
         raise PromptError(
@@ -116,6 +119,11 @@ def _on_disk(pattern: str) -> list[SourceFile]:
         paths = sorted(Path(found) for found in glob.glob(pattern, recursive=True) if Path(found).is_file())
     if paths == [path] and not path.exists():
         raise PromptError(f"{pattern}: no such file; check the path (it is relative to the manifest's folder)")
+    for path in paths:
+        if not path.is_file():
+            raise PromptError(
+                f"{path}: is a pipe or a device, and prompts are read more than once; save them to a file"
+            )
     return [SourceFile(str(path), path.suffix.lower(), partial(_open, path)) for path in paths]
 
 
@@ -236,6 +244,7 @@ def _csv_rows(name: str, text: Iterable[str], columns: Sequence[str]) -> Iterato
         header = [cell.strip() for cell in next(reader, [])]
         for column in columns:
             if column not in header:
+                _refuse_other_separator(name, header)
                 missing_column(name, column, header)
             if header.count(column) > 1:
                 raise PromptError(f"{name}:1: two columns are called `{column}`; rename one")
@@ -251,6 +260,13 @@ def _csv_rows(name: str, text: Iterable[str], columns: Sequence[str]) -> Iterato
             yield reader.line_num, tuple(row[place] for place in places)
     except csv.Error as exc:
         raise PromptError(f"{name}:{reader.line_num}: not CSV: {exc}; mend the line") from exc
+
+
+def _refuse_other_separator(name: str, header: Sequence[str]) -> None:
+    if len(header) == 1:
+        for mark, word in ((";", "semicolons"), ("\t", "tabs")):
+            if mark in header[0]:
+                raise PromptError(f"{name}:1: the columns are divided by {word}; save the file with commas")
 
 
 def _jsonl_rows(name: str, text: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[int, tuple[Any, ...]]]:

@@ -26,6 +26,9 @@ __all__ = ["Draft", "Request", "Speed", "Submission", "draft", "prepare", "submi
 Bits = Callable[[int], int]
 """From a count of bits to that many random ones."""
 
+MAX_IMAGES = 1_000_000_000
+"""Indexes have nine digits in file names, and a job's shards are held in memory as a byte each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -223,6 +226,11 @@ def _plan(
     appended_to: str | None = None,
 ) -> Plan:
     images = frozen.table.rows * len(request.points) * seeds.count
+    if images > MAX_IMAGES:
+        raise ManifestError(
+            f"{request.document.where(('prompts',))}: comes to {images:,} images, a job has at most {MAX_IMAGES:,}; "
+            "take fewer prompts, seeds or sweep points, or make several jobs"
+        )
     return Plan.build(
         run=run,
         created_at=now,

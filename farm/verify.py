@@ -153,9 +153,16 @@ def _missing_receipts(ledger: Ledger, plan: Plan, number: int, missing: NDArray[
     return Finding(
         "receipt_missing",
         f"pass {number}: {len(missing)} of {shards} shards have no receipt, the first is shard {missing[0]} "
-        f"(images {first[0]} to {first[-1]}); farm render goes on with them",
+        f"(images {first[0]} to {first[-1]}); {_mend(ledger, plan, number)}",
         index=int(first[0]),
     )
+
+
+def _mend(ledger: Ledger, plan: Plan, number: int) -> str:
+    """What makes a lost shard be rendered again; totals say that the pass is done, so they have to go first."""
+    if ledger.totals(plan, number) is None:
+        return "farm render goes on with them"
+    return f"restore them, or delete {run_prefix(plan)}totals/ and run farm render again: it renders them anew"
 
 
 def _read_receipt(ledger: Ledger, plan: Plan, number: int, shard: int, found: Report) -> Receipt | None:

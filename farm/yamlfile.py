@@ -26,6 +26,7 @@ MAX_BYTES = 8 * 2**20
 MAX_NODES = 300_000
 MAX_DEPTH = 50
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # The parser's time grows with the square of the depth, so a wall of brackets must not reach it.
 _DEEP = re.compile(r"(?:[\[{]\s*){200}")
 
@@ -174,6 +175,9 @@ class _Builder:
             self._fail(node, f"more than {MAX_NODES} values once its anchors are expanded; write less, or use files")
         if depth > MAX_DEPTH:
             self._fail(node, f"nested deeper than {MAX_DEPTH} levels; anchors must not contain themselves")
+        kind = str(node.tag).rpartition(":")[2]
+        if isinstance(node, MappingNode | SequenceNode) and kind not in ("map", "seq"):
+            self._fail(node, f"the tag {node.tag} is not supported; take it out")
         if isinstance(node, MappingNode):
             return self._mapping(node, loc, depth)
         if isinstance(node, SequenceNode):
@@ -204,6 +208,8 @@ class _Builder:
     def _scalar(self, node: Node, loc: Loc) -> Any:
         kind = str(node.tag).rpartition(":")[2]
         if kind in ("str", "timestamp"):
+            if _SURROGATE.search(node.value):
+                self._fail(node, "a text has half of a surrogate pair; write the character itself")
             return str(node.value)
         if kind not in ("int", "float", "bool", "null"):
             self._fail(node, f"the tag {node.tag} is not supported; take it out")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from farm.devices import PACKAGES
 from farm.engine import Engine
 from farm.ledger import Ledger
 from farm.manifest import Manifest, Output
@@ -17,7 +18,7 @@ from farm.plan import ImageSpec, Numerics, Plan, PromptTable, SeedRule
 from farm.storage.local import LocalStore
 from farm.sweep import Template
 
-VERSIONS = {package: version(package) for package in ("torch", "diffusers", "transformers")}
+VERSIONS = {package: version(package) for package in PACKAGES}
 
 
 def card(path: Path | str = "package:farm.sketch/weights", **changes: Any) -> ModelCard:
@@ -90,6 +91,7 @@ class FakeFamily:
         self.trouble = trouble
         self.encoded: list[Tokens] = []
         self.denoised: list[tuple[int, ...]] = []
+        self.recovered = 0
         self.loaded = False
 
     def load(self) -> None:
@@ -137,6 +139,9 @@ class FakeFamily:
 
     def synchronize(self) -> None:
         pass
+
+    def recover(self) -> None:
+        self.recovered += 1
 
 
 def engine(family: Any, **changes: Any) -> Engine:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -44,9 +45,12 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. `arguments` are sys.argv's where they are left out."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a locale without × must not end a command
     try:
         ended = typer.main.get_command(app).main(arguments, prog_name="farm", standalone_mode=False)
     except TyperException as error:
-        print_error("usage", f"{error.format_message()} Try `farm --help`.", as_json="--json" in arguments)
+        if message := error.format_message():  # none where no command was given: the help has been printed
+            print_error("usage", f"{message.rstrip('.')}; try `farm --help`", as_json="--json" in arguments)
         return int(Exit.INPUT)
     return int(ended or 0)

@@ -4,6 +4,7 @@ from enum import IntEnum
 
 from farm.errors import (
     CancelledError,
+    DeviceLostError,
     FarmError,
     FarmUnavailableError,
     InputError,
@@ -57,6 +58,7 @@ _CODES: tuple[tuple[type[FarmError], Exit], ...] = (
     (JobFailedError, Exit.IMAGES_FAILED),
     (FarmUnavailableError, Exit.UNAVAILABLE),
     (RendererDiedError, Exit.UNAVAILABLE),
+    (DeviceLostError, Exit.UNAVAILABLE),
     (NumericsError, Exit.MODEL),
     (PlacementError, Exit.MODEL),
     (RenderError, Exit.MODEL),

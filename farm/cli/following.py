@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,11 +19,12 @@ from farm.cli.wording import duration, rate
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from farm.dispatch import JobProgress
+    from farm.run import JobProgress
 
 RUNNING = frozenset({"waiting", "running", "finalising"})
 LOOK_EVERY_S = 0.25
 PLAIN_EVERY_S = 5.0
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Ask = Callable[[], "JobProgress"]
 
@@ -127,22 +128,39 @@ def sentence(progress: "JobProgress") -> str:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Let the first Ctrl-C end the block in good order, and the second end the process at once."""
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Let the first Ctrl-C, SIGTERM or SIGHUP end the block in good order, and the second end the process at once.
 
-    def first(_signal: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, second)
-        note("\nleaving; Ctrl-C again to leave at once")
-        raise KeyboardInterrupt
+    Gives a function that takes the signals back from a library that took them meanwhile, as Ray does. What was ignored
+    before, as SIGHUP is under nohup, stays ignored.
+    """
 
     def second(_signal: int, _frame: FrameType | None) -> None:
         os._exit(Exit.INTERRUPTED)
 
-    before = signal.signal(signal.SIGINT, first)
+    handler: Callable[[int, FrameType | None], None] = second
+
+    def first(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal handler
+        handler = second
+        take()
+        with suppress(OSError):  # after SIGHUP the terminal is gone
+            note("\nleaving; Ctrl-C again to leave at once")
+        raise KeyboardInterrupt
+
+    def take() -> None:
+        for number in before:
+            signal.signal(number, handler)
+
+    handler = first
+    found = {number: signal.getsignal(number) for number in STOPPING}
+    before = {number: known for number, known in found.items() if known is not signal.SIG_IGN}
+    take()
     try:
-        yield
+        yield take
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, known in before.items():
+            signal.signal(number, known)
 
 
 def spinner(text: str) -> AbstractContextManager[object]:

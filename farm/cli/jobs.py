@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,9 +11,9 @@ from farm.cli.exits import Exit
 from farm.cli.moment import now_iso, whoami
 from farm.cli.options import Options, command
 from farm.cli.render import Renderers, again_command, place, probe, render_job
-from farm.cli.terminal import note, print_json, print_table, say
+from farm.cli.terminal import note, print_error, print_json, print_table, say
 from farm.cli.wording import age, count, cut, duration, size
-from farm.errors import ControlError
+from farm.errors import ControlError, RecordError
 
 if TYPE_CHECKING:
     from farm.ledger import Ledger
@@ -43,12 +43,13 @@ def status(
     """
     ledger = options.open_ledger()
     while True:
-        jobs = _all_jobs(ledger) if job is None else [_one_job(ledger, job)]
+        damaged: list[Damaged] = []
+        jobs = _all_jobs(ledger, damaged) if job is None else [_one_job(ledger, job)]
         if watch and not options.json:
             say(CLEAR if sys.stdout.isatty() else "")
-        _show(options, ledger, jobs, whole=job is not None)
+        _show(options, ledger, jobs, damaged, whole=job is not None)
         if not watch or (jobs and all(one.state != "open" for one in jobs)):
-            return Exit.OK
+            return Exit.STORE if damaged else Exit.OK
         try:
             time.sleep(WATCH_EVERY_S)
         except KeyboardInterrupt:
@@ -128,12 +129,30 @@ def cancel(options: Options, job: Job) -> Exit:
     return Exit.OK
 
 
-def _all_jobs(ledger: "Ledger") -> list["JobStatus"]:
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A job one of whose records cannot be read; the other jobs are shown all the same."""
+
+    job: str
+    error: RecordError
+
+
+def _all_jobs(ledger: "Ledger", damaged: list[Damaged]) -> list["JobStatus"]:
     from farm.prefetch import in_order
     from farm.status import job_status
 
-    look: Callable[[str], JobStatus] = lambda name: job_status(ledger, name)  # noqa: E731
-    jobs = list(in_order(look, ledger.jobs(), threads=8))
+    def look(name: str) -> "JobStatus | Damaged":
+        try:
+            return job_status(ledger, name)
+        except RecordError as error:
+            return Damaged(name, error)
+
+    jobs: list[JobStatus] = []
+    for one in in_order(look, ledger.jobs(), threads=8):
+        if isinstance(one, Damaged):
+            damaged.append(one)
+        else:
+            jobs.append(one)
     return sorted(jobs, key=lambda one: one.created_at, reverse=True)
 
 
@@ -143,11 +162,17 @@ def _one_job(ledger: "Ledger", job: str) -> "JobStatus":
     return job_status(ledger, job)
 
 
-def _show(options: Options, ledger: "Ledger", jobs: list["JobStatus"], *, whole: bool) -> None:
+def _show(options: Options, ledger: "Ledger", jobs: list["JobStatus"], damaged: list[Damaged], *, whole: bool) -> None:
     if options.json:
         records = [_record(one) for one in jobs]
-        print_json(records[0] if whole else {"jobs": records})
-    elif not jobs:
+        unread = [{"job": one.job, "code": one.error.code, "message": one.error.message} for one in damaged]
+        print_json(records[0] if whole else {"jobs": records, "damaged": unread})
+        return
+    for one in damaged:
+        print_error(one.error.code, f"{one.job}: {one.error.message}", as_json=False)
+    if not jobs:
+        if damaged:
+            return
         note(f"no jobs in {ledger.store.url}; farm render MANIFEST makes one")
     elif whole:
         _show_whole(ledger, jobs[0])

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from farm.settings import Settings
 
 STAY_EVERY_S = 1.0
+STAY_LOOKS = 4
 
 Renderers = Annotated[
     int | None,
@@ -94,11 +95,11 @@ def _follow_job(options: Options, settings: "Settings", ledger: "Ledger", job: s
         ledger.append_control(job, "resume", at=now_iso(), by=whoami())
         note(f"{job} was cancelled; it goes on")
     ledger.open(job)
-    with interruptible():
-        _follow(options, settings, job, again)
+    with interruptible() as take_signals:
+        _follow(options, settings, job, again, take_signals)
 
 
-def _follow(options: Options, settings: "Settings", job: str, again: str) -> None:
+def _follow(options: Options, settings: "Settings", job: str, again: str, take_signals: Callable[[], None]) -> None:
     from actors.cluster import open_farm
 
     here = True
@@ -106,7 +107,10 @@ def _follow(options: Options, settings: "Settings", job: str, again: str) -> Non
         with spinner("starting the farm"):
             farm = open_farm(settings, renderers=settings.renderers)
         with farm:
+            take_signals()
             here = farm.started_here
+            if settings.renderers and not here:
+                note("note: a farm that runs already renders this; --renderers and FARM_RENDERERS do not change it")
             farm.submit(job)
             with progress_line(job, quiet=options.json) as line:
                 last = follow(lambda: farm.progress(job), line=line)
@@ -123,14 +127,17 @@ def _follow(options: Options, settings: "Settings", job: str, again: str) -> Non
 
 def _stay(farm: "Farm", job: str) -> None:
     """Keep a farm that was started here up while commands in other terminals still use it."""
-    said = False
-    while farm.started_here and (others := farm.others(job)):
-        if not said:
+    said, looks = False, 1
+    while farm.started_here and looks:
+        others = farm.others(job)
+        if others and not said:
             note(
                 f"{job} is done; this farm still renders {', '.join(others)} for another terminal: staying (Ctrl-C ends it)"
             )
             said = True
-        time.sleep(STAY_EVERY_S)
+        # A dispatcher that restarted hears of the others' jobs again when their commands ask for progress.
+        looks = STAY_LOOKS if others else looks - 1
+        time.sleep(STAY_EVERY_S if looks else 0.0)
 
 
 def summarise(options: Options, ledger: "Ledger", job: str) -> Exit:

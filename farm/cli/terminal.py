@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from farm.cli.wording import printable
+
 PIPE_WIDTH = 160  # columns of a table that no person's window bounds
 
 Json = Mapping[str, Any] | Sequence[Any]
@@ -23,7 +25,8 @@ def note(text: str) -> None:
 
 def print_json(value: Json) -> None:
     """Print a JSON value as data."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+    unicode = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
+    print(json.dumps(value, indent=2, ensure_ascii=not unicode, allow_nan=False), flush=True)
 
 
 def print_error(code: str, message: str, *, as_json: bool) -> None:
@@ -31,7 +34,7 @@ def print_error(code: str, message: str, *, as_json: bool) -> None:
     if as_json:
         print_json({"error": {"code": code, "message": message}})
     else:
-        note(f"error: {' '.join(message.split())}")
+        note(f"error: {printable(' '.join(message.split()))}")
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:

@@ -1,6 +1,9 @@
 """How numbers are said: counts, bytes, durations, ages."""
 
+import re
 from datetime import UTC, datetime
+
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def count(number: int, noun: str) -> str:
@@ -56,7 +59,12 @@ def age(iso: str, now: datetime | None = None) -> str:
     return duration(max(0.0, ((now or datetime.now(UTC)) - then).total_seconds()))
 
 
+def printable(text: str) -> str:
+    """The text with U+FFFD for control characters and for marks that turn the direction of writing."""
+    return _UNPRINTABLE.sub("\ufffd", text)
+
+
 def cut(text: str, length: int) -> str:
-    """The text on one line of at most `length` characters."""
-    line = " ".join(text.split())
+    """The text on one line of at most `length` characters, with nothing in it that a terminal would obey."""
+    line = printable(" ".join(text.split()))
     return line if len(line) <= length else line[: length - 1].rstrip() + "…"

@@ -3,15 +3,21 @@
 Host copies of a part's weights never change, so taking it off the device copies nothing back.
 """
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from farm.errors import NumericsError, OutOfMemoryError
+from farm.errors import DeviceLostError, NumericsError, OutOfMemoryError
 from farm.placement import DeviceLimits
 
 GIB = 2**30
+
+_NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+_HARMLESS = frozenset({1, 9, 98, 209, 701})
+"""CUDA errors of a call that was asked amiss (value, configuration, no such kernel, too many resources): the device
+goes on. After all others every call fails until the process ends."""
 
 
 class Device:
@@ -46,31 +52,49 @@ class Device:
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it."""
         if self.is_cuda:
-            torch.cuda.synchronize(self.torch)
+            with self.errors("finish its work"):
+                torch.cuda.synchronize(self.torch)
 
     def empty_cache(self) -> None:
         """Give memory that holds nothing back to the device."""
         if self.is_cuda:
-            torch.cuda.empty_cache()
+            with self._lost_told("free memory"):
+                torch.cuda.empty_cache()
+
+    def recover(self) -> None:
+        """Free what only a failed batch held, also what hangs in reference cycles."""
+        gc.collect()
+        self.empty_cache()
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
-        """Raise OutOfMemoryError where the device, or the machine, has no memory left."""
+        """Raise OutOfMemoryError where the device, or the machine, has no memory left, DeviceLostError where it broke."""
         try:
-            yield
+            with self._lost_told(doing):
+                yield
         except (torch.OutOfMemoryError, MemoryError) as exc:
             failed = exc
         except RuntimeError as exc:
-            if "can't allocate memory" not in str(exc):
+            if not any(words in str(exc) for words in _NO_MEMORY):
                 raise
             failed = exc
         else:
             return
         # Tracebacks hold the tensors of the frames that failed; without them the memory can be given back.
-        line = " ".join(str(failed).split())[:300]
         failed.__traceback__ = None
-        self.empty_cache()
-        raise OutOfMemoryError(f"no memory left on {self.torch} to {doing}: {line}") from failed
+        raise OutOfMemoryError(f"no memory left on {self.torch} to {doing}: {_line(failed)}") from failed
+
+    @contextmanager
+    def _lost_told(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except torch.AcceleratorError as exc:
+            if getattr(exc, "error_code", None) in _HARMLESS or any(words in str(exc) for words in _NO_MEMORY):
+                raise
+            raise DeviceLostError(
+                f"{self.torch} failed and could not {doing}: {_line(exc)}; this process cannot use it any more, another "
+                f"one may: see nvidia-smi -q and the kernel's log (Xid) where it happens again"
+            ) from exc
 
 
 class Part:
@@ -88,3 +112,7 @@ class Part:
         for tensor, host in self._host:
             tensor.data = host if device.type == "cpu" else host.to(device)
         self._on = device
+
+
+def _line(exc: BaseException) -> str:
+    return " ".join(str(exc).split())[:300]

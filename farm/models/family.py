@@ -80,6 +80,9 @@ class Family(Protocol):
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it."""
 
+    def recover(self) -> None:
+        """Free what a failed batch left on the device; called once its exception is let go of, weights stay."""
+
 
 def open_family(card: ModelCard, numerics: Numerics, *, device: str, vram_gib: float) -> Family:
     """Return the family of a card, nothing loaded yet. `device` is torch's name of it: cpu, cuda or cuda:N."""

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from farm.errors import ModelCardError
-from farm.modelcard import ModelCard, source_folder
+from farm.errors import ModelCardError, NumericsError
+from farm.modelcard import ModelCard, pinned, source_folder
 
 T = TypeVar("T")
 
@@ -23,9 +23,19 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 def locate(card: ModelCard) -> Path:
-    """Return the folder with a card's weights, downloading a hub id at its revision where it is not cached."""
+    """Return the folder with a card's weights, downloading a hub id at its revision where it is not cached.
+
+    Raises NumericsError where the folder holds other weights than those the card was planned with.
+    """
     folder = source_folder(card.source)
     if folder is not None:
+        planned = card.source.revision
+        here = pinned(card).source.revision
+        if planned not in (None, here):
+            raise NumericsError(
+                f"model {card.name}: the plan was made with weights {planned}, {folder} holds {here}; put the old weights "
+                f"back to go on with this run, or give the job a new name to render it anew"
+            )
         return folder
     if card.source.hub is None:
         raise ModelCardError(f"model {card.name}: its source needs a path or a hub id; mend the card")
@@ -34,13 +44,13 @@ def locate(card: ModelCard) -> Path:
 
 def _download(model: str, hub: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
     with suppress(LocalEntryNotFoundError):
         return Path(snapshot_download(hub, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=True))
     try:
         return Path(snapshot_download(hub, revision=revision, allow_patterns=list(HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, OSError) as exc:
+    except (HTTPError, HFValidationError, OSError) as exc:
         raise ModelCardError(
             f"model {model}: {hub} at revision {revision or 'main'} cannot be fetched from the hub: {exc}; check "
             f"the network, the id, the revision and HF_TOKEN"

@@ -72,3 +72,6 @@ class SleepFamily:
 
     def synchronize(self) -> None:
         """Sleeping is done when it is done."""
+
+    def recover(self) -> None:
+        """Sleep leaves nothing behind."""

@@ -51,8 +51,6 @@ class ZImageFamily:
         folder = locate(card)
         limits = self._device.limits()
         self.placement = place(card.name, self._needs(folder), dtype=self._numerics.dtype, device=limits)
-        if not self._device.is_cuda:
-            torch.set_num_threads(self._numerics.threads)
         self._device.hold_to_budget()
         with self._device.errors(f"load model {card.name}"):
             self._load_parts(folder)
@@ -116,6 +114,7 @@ class ZImageFamily:
     @contextmanager
     def _phase(self, phase: Literal["encode", "denoise", "decode"], doing: str) -> Iterator[None]:
         """Have exactly the phase's parts on the device; what leaves goes first, so that both never share it."""
+        self._set_threads()
         with self._device.errors(doing):
             if self.placement and self._parts:
                 names: frozenset[str] = getattr(self.placement, phase)
@@ -127,6 +126,11 @@ class ZImageFamily:
             # Weights are moved outside: a tensor made in inference mode cannot become a parameter's data.
             with torch.inference_mode():
                 yield
+
+    def _set_threads(self) -> None:
+        """Torch counts its CPU threads for each calling thread by itself, and shards take turns in several."""
+        if not self._device.is_cuda and torch.get_num_threads() != self._numerics.threads:
+            torch.set_num_threads(self._numerics.threads)
 
     def tokenize(self, prompt: str) -> Tokens:
         """Cut a prompt, in the model's chat template, into at most `max_sequence_length` tokens."""
@@ -232,6 +236,11 @@ class ZImageFamily:
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it."""
         self._device.synchronize()
+
+    def recover(self) -> None:
+        """Free what a failed batch left on the device."""
+        self._steps.forget()
+        self._device.recover()
 
 
 def _sound(prompt: str) -> str:

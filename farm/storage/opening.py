@@ -21,6 +21,8 @@ def open_store(url: str, settings: Settings) -> ObjectStore:
     scheme, separator, rest = url.partition("://")
     if separator and scheme != "file":
         raise SettingsError(f"store {url!r}: there is no store of the kind {scheme!r}; {_RIGHT}")
+    if re.match(r"(s3|file):", url, re.IGNORECASE) and not separator:
+        raise SettingsError(f"store {url!r}: two slashes come after the colon; {_RIGHT}")
     path = rest if separator else url
     if not path.strip():
         raise SettingsError(f"store {url!r} names no folder; {_RIGHT}")

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -59,18 +59,20 @@ def make_row(
     *,
     pass_number: int = 1,
     failed: bool = False,
+    key: str | None = None,
     carry: Mapping[str, Scalar] = {},
 ) -> ImageRow:
     """The row of one image, its picture stored."""
     place, _, slot = plan.locate(index)
     data = picture_bytes(index)
     sha256 = hashlib.sha256(data).hexdigest()
-    key = f"jobs/{plan.job}/{plan.run}/images/{index // 1000:06d}/{index:09d}.p{pass_number}a1-{sha256[:8]}.png"
+    named = f"{index:09d}_{key}" if key else f"{index:09d}"
+    object_key = f"jobs/{plan.job}/{plan.run}/images/{index // 1000:06d}/{named}.p{pass_number}a1-{sha256[:8]}.png"
     if not failed:
-        ledger.store.put(key, data)
+        ledger.store.put(object_key, data)
     return ImageRow(
         index=index,
-        key=None,
+        key=key,
         prompt=f"shape number {place}",
         negative_prompt="",
         width=64,
@@ -79,7 +81,7 @@ def make_row(
         guidance_scale=2.5,
         seed=plan.seeds.seed(place, None, slot),
         status="failed" if failed else "ok",
-        object=None if failed else key,
+        object=None if failed else object_key,
         thumbnail=None,
         size_bytes=None if failed else len(data),
         sha256=None if failed else sha256,
@@ -113,6 +115,7 @@ def commit_shard(
     *,
     pass_number: int = 1,
     failed: Collection[int] = (),
+    keys: Sequence[str | None] = (),
     carry: Mapping[int, Mapping[str, Scalar]] = {},
 ) -> Receipt:
     """Store a shard's pictures and its receipt."""
@@ -132,7 +135,15 @@ def commit_shard(
         finished_at=f"2026-11-2{pass_number}T10:0{min(shard, 9)}:10+00:00",
         seconds={"denoise": 4.0, "write": 0.5, "total": 5.0},
         rows=tuple(
-            make_row(ledger, plan, index, pass_number=pass_number, failed=index in failed, carry=carry.get(index, {}))
+            make_row(
+                ledger,
+                plan,
+                index,
+                pass_number=pass_number,
+                failed=index in failed,
+                key=keys[plan.locate(index)[0]] if keys else None,
+                carry=carry.get(index, {}),
+            )
             for index in indexes
         ),
     )

@@ -2,8 +2,10 @@
 
 import pytest
 
+from farm.comparison import numerics_differences
 from farm.devices import DeviceInfo, Gpu, default_renderers, local_device, numerics_for
-from farm.errors import PlacementError
+from farm.engine import check_numerics
+from farm.errors import NumericsError, PlacementError
 from tests.unit.finished_jobs import CARD
 
 T4 = Gpu("GPU-1", "Tesla T4", 16 * 2**30, (7, 5))
@@ -37,6 +39,16 @@ def test_one_renderer_a_gpu_and_one_for_every_two_cores_without():
     assert default_renderers(on(T4, A4000)) == 2
     assert default_renderers(on()) == 4
     assert default_renderers(DeviceInfo("cpu", "CPU", (), cores=1)) == 1
+
+
+def test_versions_of_all_that_decides_bytes_are_part_of_the_numerics():
+    here = numerics_for(CARD, device=on(), renderers=1)
+    assert sorted(here.versions) == ["diffusers", "pillow", "tokenizers", "torch", "transformers"]
+    check_numerics(here, device="cpu")
+    other = here.model_copy(update={"versions": here.versions | {"pillow": "1.0"}})
+    with pytest.raises(NumericsError, match=r"made with pillow 1\.0, .* install pillow==1\.0 to go on"):
+        check_numerics(other, device="cpu")
+    assert numerics_differences(other, here) == (f"pillow: 1.0 -> {here.versions['pillow']}",)
 
 
 def test_this_machine_can_be_looked_at():

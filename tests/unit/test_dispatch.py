@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from farm.dispatch import Dispatch
-from farm.lease import LEASE_S, Ask, Completion, GiveBack, Hello, Lease, Report
-from farm.retry import DEATHS_ALONE_BEFORE_SKIP, DEATHS_BEFORE_ALONE, ERRORS_BEFORE_STALL, STORE_PATIENCE_S
+from farm.lease import CONFIRM_S, LEASE_S, Ask, Beat, Completion, GiveBack, Hello, Lease, Renewal, Report
+from farm.retry import (
+    DEATHS_ALONE_BEFORE_SKIP,
+    DEATHS_BEFORE_ALONE,
+    ERRORS_BEFORE_STALL,
+    FINALISE_DEATHS_BEFORE_STALL,
+    STORE_PATIENCE_S,
+)
 from farm.run import FINALISE, RunEntry
 
 
@@ -51,8 +57,11 @@ class Bench:
         assert lease is not None
         return lease
 
+    def beat(self, renderer: str, *reports: Report, epoch: str | None = None, whole: bool = True) -> Renewal:
+        return self.dispatch.renew(Beat(renderer, "i", epoch or self.dispatch.epoch, reports, whole), now=self.now)
+
     def report(self, renderer: str, lease: Lease, *, ticks: int = 1, in_hand: tuple[int, ...] = (), stage="denoise"):
-        return self.dispatch.renew(renderer, [Report(lease.token, stage, ticks, 0.5, in_hand)], now=self.now)
+        return self.beat(renderer, Report(lease.token, stage, ticks, 0.5, in_hand)).gone
 
     def complete(self, renderer: str, lease: Lease, *, failed: int = 0) -> tuple[tuple[str, str], ...]:
         done = Completion(lease, renderer, lease.images - failed, failed, {"denoise": 1.0})
@@ -110,18 +119,19 @@ def test_the_leases_of_a_dead_renderer_go_back_at_once():
     bench.meet("b")
     lost = bench.need("a")
     bench.need("b")
-    bench.dispatch.lost("a", now=bench.now)
+    bench.dispatch.lost("a")
     again = bench.need("b")
     assert (again.shard, again.attempt) == (lost.shard, 2)
 
 
-def test_a_silent_lease_expires_and_its_late_receipt_still_counts():
+def test_a_silent_renderer_is_given_up_and_its_late_receipt_still_counts():
     bench = Bench(entry(images=4))
     bench.meet("a")
-    bench.meet("b")
     silent = bench.need("a")
-    bench.now = LEASE_S + 1
-    assert bench.dispatch.tick(now=bench.now) == (("a", silent.token, "silent"),)
+    for _ in range(int(LEASE_S) + 1):
+        bench.now += 1.0
+        assert bench.dispatch.tick(now=bench.now) == () or bench.now > LEASE_S
+    bench.meet("b")
     twin = bench.need("b")
     assert twin.shard == silent.shard
     assert bench.complete("a", silent) == (("b", twin.token),)
@@ -130,18 +140,74 @@ def test_a_silent_lease_expires_and_its_late_receipt_still_counts():
     assert bench.dispatch.progress("job").done == 4
 
 
-def test_a_lease_that_is_renewed_without_progress_expires_as_stuck():
+def test_a_silent_renderer_is_named_once_and_its_silence_blames_no_image():
+    bench = Bench(entry())
+    for _ in range(10):
+        bench.meet("a")
+        bench.report("a", bench.need("a"), in_hand=(0, 1, 2, 3))
+        given_up = []
+        for _ in range(int(LEASE_S) + 2):
+            bench.now += 1.0
+            given_up += bench.dispatch.tick(now=bench.now)
+        assert given_up == [("a", "silent")]
+    bench.meet("a")
+    assert bench.need("a").alone == frozenset()
+
+
+def test_a_dispatcher_that_stood_still_takes_nobody_for_silent():
+    bench = Bench(entry())
+    bench.meet("a")
+    bench.need("a")
+    bench.dispatch.tick(now=bench.now)
+    bench.now += 10 * LEASE_S
+    assert bench.dispatch.tick(now=bench.now) == ()
+
+
+def test_a_lease_that_is_reported_without_progress_is_stuck_and_its_batch_is_blamed():
+    bench = Bench(entry(images=4))
+    for hang in range(DEATHS_BEFORE_ALONE):
+        bench.meet("a")
+        lease = bench.need("a")
+        assert (lease.attempt, lease.alone) == (hang + 1, frozenset())
+        given_up: tuple[tuple[str, str], ...] = ()
+        started = bench.now
+        while not given_up and bench.now < started + 5000:
+            bench.now += 4
+            bench.report("a", lease, ticks=7, in_hand=(0, 1, 2, 3))
+            given_up = bench.dispatch.tick(now=bench.now)
+        assert given_up == (("a", "stuck"),)
+        assert bench.now - started == pytest.approx(604, abs=10)
+    bench.meet("a")
+    assert bench.need("a").alone == {0, 1, 2, 3}
+
+
+def test_a_lease_that_its_renderer_never_heard_of_goes_back():
     bench = Bench(entry(images=4))
     bench.meet("a")
+    unheard = bench.need("a")
+    bench.now += CONFIRM_S + 1
+    assert bench.beat("a") == Renewal("e1")
+    assert bench.need("a").shard == unheard.shard
+
+
+def test_a_question_that_comes_late_is_not_granted_a_lease_that_nobody_awaits():
+    bench = Bench(entry())
+    bench.meet("a")
     lease = bench.need("a")
-    expired: tuple[tuple[str, str, str], ...] = ()
-    while not expired and bench.now < 5000:
-        bench.now += 10
-        bench.report("a", lease, ticks=7)
-        expired = bench.dispatch.tick(now=bench.now)
-    assert expired == (("a", lease.token, "stuck"),)
-    assert bench.now == pytest.approx(620, abs=20)
-    assert bench.report("a", lease, ticks=8) == (lease.token,)
+    late = Ask("a", "i", "e1", bench.sequence["a"] - 1, None)
+    assert bench.dispatch.ask(late, now=0).lease is None
+    bench.complete("a", lease)
+    assert bench.need("a").shard == 1
+
+
+def test_writing_a_dataset_that_ends_its_renderers_stalls_the_job():
+    bench = Bench(entry(done=np.ones(3, dtype=bool)))
+    for _ in range(FINALISE_DEATHS_BEFORE_STALL):
+        bench.meet("a")
+        assert bench.need("a").task == "finalise"
+        bench.dispatch.lost("a")
+    assert bench.dispatch.stall_code("job") == "renderer_died"
+    assert "writing the dataset" in bench.dispatch.progress("job").message
 
 
 def test_a_restarted_dispatcher_takes_over_the_leases_that_renderers_hold():
@@ -149,6 +215,8 @@ def test_a_restarted_dispatcher_takes_over_the_leases_that_renderers_hold():
     bench.meet("a")
     held = bench.need("a")
     restarted = Bench(entry(), epoch="e2")
+    before = Report(held.token, "denoise", 9, 0.5)
+    assert restarted.beat("a", before, epoch="e1") == Renewal("e2", meet=True)
     assert restarted.meet("a", held) == ()
     restarted.meet("b")
     assert restarted.need("b").shard == 1
@@ -165,6 +233,33 @@ def test_two_renderers_that_hold_one_shard_after_a_restart_keep_one_lease():
     restarted.meet("b")
     assert restarted.need("b").shard == held.shard
     assert restarted.meet("a", held) == (held.token,)
+
+
+def test_before_the_greeting_is_over_a_renderer_can_meet_but_gets_no_new_lease():
+    bench = Bench(entry())
+    question = Ask("a", "i", "e1", 1, None)
+    assert bench.dispatch.ask(question, now=0, grants=False).meet
+    bench.meet("a")
+    assert bench.dispatch.ask(question, now=0, grants=False).lease is None
+    assert bench.dispatch.ask(question, now=1).lease is not None
+
+
+def test_a_lease_of_an_earlier_pass_or_of_a_done_shard_is_not_taken_over():
+    first = Bench(entry())
+    first.meet("a")
+    held = [first.need("a"), first.need("a")]
+    second = Bench(entry(pass_number=2, images=4, done=np.zeros(1, dtype=bool)), epoch="e2")
+    assert second.meet("a", *held) == tuple(lease.token for lease in held)
+    assert second.dispatch.progress("job").done == 0
+    later = Bench(entry(done=np.array([True, False, False])), epoch="e3")
+    assert later.meet("a", *held) == (held[0].token,)
+
+
+def test_a_later_pass_replaces_an_earlier_one_and_never_the_other_way_round():
+    bench = Bench(entry())
+    bench.dispatch.add(entry(pass_number=2, images=4, done=np.zeros(1, dtype=bool)))
+    bench.dispatch.add(entry())
+    assert bench.dispatch.progress("job").pass_number == 2
 
 
 def test_a_cancelled_job_ends_its_leases_and_resumes_when_added_again():
@@ -203,7 +298,7 @@ def test_a_batch_that_ends_its_renderer_again_and_again_is_narrowed_to_one_image
         for number, hand in enumerate(hands):
             bench.report("a", lease, ticks=number + 1, in_hand=hand)
             if 2 in hand:
-                bench.dispatch.lost("a", now=bench.now)
+                bench.dispatch.lost("a")
                 deaths += 1
                 break
         else:
@@ -219,7 +314,7 @@ def test_renderers_that_die_before_any_batch_stall_the_job_with_the_reason():
         bench.meet("a")
         lease = bench.need("a")
         bench.report("a", lease, stage="load")
-        bench.dispatch.lost("a", now=bench.now)
+        bench.dispatch.lost("a")
     assert bench.dispatch.stall_code("job") == "renderer_died"
     assert "without finishing a batch of sketch" in bench.dispatch.progress("job").message
     bench.dispatch.add(entry())
@@ -261,6 +356,18 @@ def test_a_renderer_that_cannot_run_a_plan_leaves_it_to_the_others():
     assert bench.dispatch.stall_code("job") is None
     bench.give_back("b", lease, "numerics")
     assert bench.dispatch.stall_code("job") == "numerics"
+    bench.dispatch.add(entry())
+    assert bench.need("a").shard == 0
+
+
+def test_a_job_that_only_a_dead_renderer_could_do_stalls_with_what_the_others_said():
+    bench = Bench(entry())
+    bench.meet("a")
+    bench.meet("b")
+    bench.give_back("a", bench.need("a"), "model_card")
+    assert bench.dispatch.stall_code("job") is None
+    bench.dispatch.lost("b")
+    assert bench.dispatch.stall_code("job") == "model_card"
 
 
 def test_unexplained_errors_are_tried_again_a_few_times():
@@ -280,7 +387,7 @@ def test_speed_and_time_left_count_the_steps_of_shards_in_hand():
     lease = bench.need("a")
     for second in range(11):
         bench.now = float(second)
-        bench.dispatch.renew("a", [Report(lease.token, "denoise", second, second / 50)], now=bench.now)
+        bench.beat("a", Report(lease.token, "denoise", second, second / 50))
         bench.dispatch.tick(now=bench.now)
     progress = bench.dispatch.progress("job")
     assert progress.fraction == pytest.approx(0.10)
@@ -310,11 +417,12 @@ def test_whatever_fails_each_shard_is_done_once_and_no_two_live_leases_share_one
     held: dict[str, list[Lease]] = {name: [] for name in "abc"}
     for name in held:
         bench.meet(name)
-    for step in range(3000):
+    strangers: set[str] = set()
+    for step in range(6000):
         bench.now += rng.choice([0.1, 1.0, 5.0])
         name = rng.choice("abc")
         deed = rng.random()
-        if deed < 0.35 and len(held[name]) < 2:
+        if deed < 0.35 and len(held[name]) < 2 and name not in strangers:
             lease = bench.ask(name)
             if lease:
                 assert lease.shard not in known
@@ -334,19 +442,23 @@ def test_whatever_fails_each_shard_is_done_once_and_no_two_live_leases_share_one
             bench.give_back(name, held[name].pop(), "cancelled")
         elif deed < 0.75:
             held[name].clear()
-            bench.dispatch.lost(name, now=bench.now)
+            bench.dispatch.lost(name)
             bench.meet(name)
         elif deed < 0.77:
             bench = rebuilt(f"e{step}")
-            for other, leases in held.items():
-                refused = bench.meet(other, *leases)
-                held[other] = [lease for lease in leases if lease.token not in refused]
-        elif deed < 0.9 and held[name]:
-            reports = [Report(lease.token, "denoise", step, 0.1) for lease in held[name]]
-            gone = bench.dispatch.renew(name, reports, now=bench.now)
+            strangers |= set(held)
+        elif deed < 0.9:
+            epoch = f"old-{step}" if name in strangers else None
+            renewal = bench.beat(name, *(Report(one.token, "denoise", step, 0.1) for one in held[name]), epoch=epoch)
+            gone = renewal.gone
+            if renewal.meet:
+                strangers.discard(name)
+                gone = bench.meet(name, *held[name])
             held[name] = [lease for lease in held[name] if lease.token not in gone]
         else:
-            bench.dispatch.tick(now=bench.now)
+            for _ in range(rng.choice([1, 1, 1, 40])):
+                bench.dispatch.tick(now=bench.now)
+                bench.now += 1.0
         alive = [h.lease.shard for h in bench.dispatch._held.values() if h.lease.task == "render"]
         assert len(alive) == len(set(alive))
         if finalised and bench.dispatch.progress("job").state == "done":

@@ -157,8 +157,17 @@ BAD = [
     ),
     (
         "name: job\nmodel: m\nprompts: {file: x.csv, encoding: utf-9}\n",
-        "m.yaml:3: prompts.encoding: no such encoding, got 'utf-9'; leave it out for UTF-8",
+        "m.yaml:3: prompts.encoding: no such encoding of text, got 'utf-9'; leave it out for UTF-8",
     ),
+    (
+        "name: job\nmodel: m\nprompts: {file: x.csv, encoding: hex}\n",
+        "m.yaml:3: prompts.encoding: no such encoding of text, got 'hex'; leave it out for UTF-8",
+    ),
+    (
+        'name: job\nmodel: m\nprompts: ["\\ud83d"]\n',
+        "m.yaml:3: a text has half of a surrogate pair; write the character itself",
+    ),
+    (HEAD + "params: !!python/tuple [1]\n", "m.yaml:4: the tag tag:yaml.org,2002:python/tuple is not supported"),
     (
         "name: job\nmodel: m\nprompts: {template: 'a {c}', vary: {c: red}}\n",
         "m.yaml:3: prompts.vary.c: must be a list, got 'red'; write [a, b, c]",

@@ -109,6 +109,19 @@ def test_pinned_revision_follows_the_weights(tmp_path: Path) -> None:
     assert pinned(CARD) == CARD
 
 
+def test_dot_files_and_dot_folders_are_no_part_of_the_revision(tmp_path: Path) -> None:
+    (tmp_path / ".models" / "weights").mkdir(parents=True)
+    (tmp_path / ".models" / "weights" / "model.safetensors").write_bytes(b"one")
+    card = load_card(write(tmp_path, TEXT.replace("path: weights", "path: .models/weights")))
+    before = pinned(card).source.revision
+    (tmp_path / ".models" / "weights" / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / ".models" / "weights" / ".cache" / "huggingface" / "model.lock").write_bytes(b"")
+    (tmp_path / ".models" / "weights" / ".DS_Store").write_bytes(b"")
+    assert pinned(card).source.revision == before
+    (tmp_path / ".models" / "weights" / "model.safetensors").write_bytes(b"two")
+    assert pinned(card).source.revision != before
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -1,6 +1,7 @@
 """Prompt files into tables and back, and every way a file can be wrong."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,13 @@ BAD: list[tuple[str, str | bytes, dict[str, Any], str]] = [
         {"carry": ["x"]},
         "p.jsonl:1: `x`: 99999999999999999999 does not fit 64 bits; write it as text",
     ),
+    ("p.csv", "prompt;key\na;b\n", {}, "p.csv:1: the columns are divided by semicolons; save the file with commas"),
+    (
+        "p.csv",
+        "prompt,w\na,64_0\n",
+        {"per_row": {"width": "w"}},
+        "p.csv:2: `w` must be a whole number, got '64_0'; mend the row",
+    ),
     ("p.parquet", b"PAR1 not really", {}, "p.parquet: cannot be read as Parquet: "),
 ]
 
@@ -366,6 +374,14 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
     assert refusal({"file": str(tmp_path / "no.csv")}, tmp_path).startswith("no.csv: no such file; check the path")
     assert refusal({"file": str(tmp_path / "*.csv")}, tmp_path) == "*.csv: no file matches; check the path"
     assert "this is a folder; name a file in it" in refusal({"file": str(tmp_path)}, tmp_path)
+    assert "read from files and s3:// alone" in refusal({"file": "https://host/p.csv"}, tmp_path)
+    os.mkfifo(tmp_path / "p.txt")
+    assert "is a pipe or a device" in refusal({"file": str(tmp_path / "p.txt")}, tmp_path)
+
+
+def test_a_csv_cell_may_be_as_long_as_a_line_of_text(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt\n" + "x" * 200_000 + "\n")
+    assert frozen_of({"file": str(tmp_path / "p.csv")}).table.rows == 1
 
 
 def test_other_encodings_are_read_when_named(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from farm.errors import InputError, StoreDeniedError, StoreFullError, VerifyError
+from farm.export import finalise
 from farm.pull import pull
 from tests.unit.finished_jobs import commit_shard, make_job, make_ledger, make_plan, picture_bytes
 
 
 def metadata(folder: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "train" / "metadata.jsonl").read_text().splitlines()]
 
 
 def test_a_pulled_job_is_an_image_folder(tmp_path: Path) -> None:
@@ -26,17 +27,54 @@ def test_a_pulled_job_is_an_image_folder(tmp_path: Path) -> None:
     assert lines[0]["seed"] == plan.seeds.seed(0, None, 0)
     assert str(lines[0]["file_name"]).startswith("images/0001/000000/000000000.p1a1-")
     for line in lines:
-        assert (to / str(line["file_name"])).read_bytes() == picture_bytes(int(str(line["index"])))
+        assert (to / "train" / str(line["file_name"])).read_bytes() == picture_bytes(int(str(line["index"])))
     assert pq.read_table(to / "dataset" / "0001").num_rows == 10
     assert not list(to.rglob("*.part"))
+
+
+def test_keys_that_read_like_splits_lie_in_one_split(tmp_path: Path) -> None:
+    ledger, plan = make_ledger(tmp_path / "store"), make_plan(rows=3, seeds=1)
+    ledger.create_plan(plan, 1)
+    commit_shard(ledger, plan, 0, keys=["train", "val", "cat"])
+    to = tmp_path / "pulled"
+    pull(ledger, [plan], to)
+    assert [line["key"] for line in metadata(to)] == ["train", "val", "cat"]
+    pictures = [path.relative_to(to) for path in to.rglob("*.png")]
+    assert {path.parts[:2] for path in pictures} == {("train", "images")}
+    assert sorted(path.stem.split("_")[1].partition(".")[0] for path in pictures) == ["cat", "train", "val"]
+    assert [path.relative_to(to).as_posix() for path in to.rglob("metadata.jsonl")] == ["train/metadata.jsonl"]
+
+
+def test_a_job_of_one_picture_is_an_image_folder_too(tmp_path: Path) -> None:
+    ledger, plan = make_ledger(tmp_path / "store"), make_plan(rows=1, seeds=1)
+    ledger.create_plan(plan, 1)
+    commit_shard(ledger, plan, 0)
+    finalise(ledger, plan, 1)
+    to = tmp_path / "pulled"
+    pull(ledger, [plan], to)
+    outside = sorted(path.relative_to(to).as_posix() for path in to.rglob("*") if path.is_file())
+    assert [name for name in outside if not name.startswith("train/")] == [
+        ".farm-pull.json",
+        "dataset/0001/part-00000.parquet",
+    ]
+    assert len(list((to / "train").rglob("*.png"))) == 1
+
+
+def test_metadata_is_json_where_a_carried_number_is_none(tmp_path: Path) -> None:
+    ledger, plan = make_ledger(tmp_path / "store"), make_plan(rows=1)
+    ledger.create_plan(plan, 1)
+    for shard in range(plan.shards):
+        commit_shard(ledger, plan, shard, carry={0: {"score": float("nan")}, 1: {"score": 0.5}})
+    pull(ledger, [plan], tmp_path / "pulled")
+    assert [line["score"] for line in metadata(tmp_path / "pulled")] == [None, 0.5]
 
 
 def test_pulling_again_copies_only_what_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger, plan = make_job(tmp_path / "store")
     to = tmp_path / "pulled"
     pull(ledger, [plan], to)
-    before = (to / "metadata.jsonl").read_bytes()
-    lost = to / str(metadata(to)[4]["file_name"])
+    before = (to / "train" / "metadata.jsonl").read_bytes()
+    lost = to / "train" / str(metadata(to)[4]["file_name"])
     lost.unlink()
     asked: list[str] = []
     real = ledger.store.get
@@ -45,7 +83,7 @@ def test_pulling_again_copies_only_what_lacks(tmp_path: Path, monkeypatch: pytes
     assert (pulled.pictures, pulled.kept) == (10, 9)
     assert [key for key in asked if "/images/" in key] == [key for key in asked if lost.name in key]
     assert lost.read_bytes() == picture_bytes(4)
-    assert (to / "metadata.jsonl").read_bytes() == before
+    assert (to / "train" / "metadata.jsonl").read_bytes() == before
 
 
 def test_runs_lie_side_by_side_in_one_metadata_file(tmp_path: Path) -> None:
@@ -61,11 +99,11 @@ def test_no_folder_of_pictures_grows_past_a_thousand(tmp_path: Path) -> None:
     ledger, plan = make_ledger(tmp_path / "store"), make_plan(rows=1003, seeds=1, shard_images=2000)
     commit_shard(ledger, plan, 0, failed=range(1, 1001))
     pull(ledger, [plan], tmp_path / "pulled")
-    folders = [path.name for path in sorted((tmp_path / "pulled" / "images" / "0001").iterdir())]
+    folders = [path.name for path in sorted((tmp_path / "pulled" / "train" / "images" / "0001").iterdir())]
     assert folders == ["000000", "000001"]
 
 
-@pytest.mark.parametrize("name", ["metadata.jsonl", "images/mine.png", "dataset/mine.parquet"])
+@pytest.mark.parametrize("name", ["train/metadata.jsonl", "train/mine.png", "dataset/mine.parquet"])
 def test_a_folder_with_somebodys_files_is_left_alone(tmp_path: Path, name: str) -> None:
     ledger, plan = make_job(tmp_path / "store")
     mine = tmp_path / "pulled" / name
@@ -87,7 +125,7 @@ def test_files_beside_ours_do_no_harm(tmp_path: Path) -> None:
 def test_a_picture_that_somebody_changed_is_not_written_over(tmp_path: Path) -> None:
     ledger, plan = make_job(tmp_path / "store")
     pull(ledger, [plan], tmp_path / "pulled")
-    mine = tmp_path / "pulled" / str(metadata(tmp_path / "pulled")[0]["file_name"])
+    mine = tmp_path / "pulled" / "train" / str(metadata(tmp_path / "pulled")[0]["file_name"])
     mine.write_bytes(b"retouched")
     with pytest.raises(InputError, match="move it away, or pull into another folder"):
         pull(ledger, [plan], tmp_path / "pulled")
@@ -114,7 +152,7 @@ def test_a_picture_that_is_not_what_its_row_says_stops_the_pull(tmp_path: Path) 
     next((tmp_path / "store").rglob("000000002.*.png")).write_bytes(b"rot")
     with pytest.raises(VerifyError, match="is not what its row says; farm verify lists what differs"):
         pull(ledger, [plan], tmp_path / "pulled")
-    assert not (tmp_path / "pulled" / "metadata.jsonl").exists()
+    assert not (tmp_path / "pulled" / "train" / "metadata.jsonl").exists()
     assert not list((tmp_path / "pulled").rglob("*.part"))
 
 

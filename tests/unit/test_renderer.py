@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from farm.dispatch import Dispatch
-from farm.errors import FarmUnavailableError, StoreUnavailableError
-from farm.lease import Ask, Completion, GiveBack, Hello, Lease, Reply, Report
+from farm.errors import DeviceLostError, FarmUnavailableError, StoreUnavailableError
+from farm.lease import Ask, Beat, Completion, GiveBack, Hello, Lease, Renewal, Reply
 from farm.ledger import Ledger, Totals
 from farm.plan import Plan, PromptTable
 from farm.rebuild import open_runs
@@ -58,9 +58,9 @@ class InProcess:
             await asyncio.sleep(0.01)
         return reply
 
-    async def renew(self, renderer: str, reports: tuple[Report, ...]) -> tuple[str, ...]:
+    async def renew(self, beat: Beat) -> Renewal:
         self._answer()
-        return self.dispatch.renew(renderer, reports, now=self.now)
+        return self.dispatch.renew(beat, now=self.now)
 
     async def complete(self, completion: Completion) -> None:
         self._answer()
@@ -96,6 +96,12 @@ def ledger(tmp_path: Path, plan: Plan) -> Ledger:
 
 def make_renderer(ledger: Ledger, link: InProcess, name: str = "renderer-0") -> Renderer:
     return Renderer(name=name, incarnation="i", device="cpu", vram_gib=16, ledger=ledger, link=link)
+
+
+def slower(plan: Plan, *, steps: int) -> Plan:
+    """Another run of the job, with steps of 10 ms an image."""
+    params = plan.params.model_copy(update={"num_inference_steps": steps})
+    return plan.model_copy(update={"params": params, "run": "11111111"})
 
 
 async def until(true: Callable[[], object]) -> None:
@@ -136,24 +142,30 @@ def test_two_renderers_share_a_job(ledger, plan):
     assert sorted(lease.shard for lease in link.completed) == [-1, 0, 1, 2, 3]
 
 
-def test_a_dispatcher_that_forgot_everything_is_told_what_is_held(ledger, plan):
+def test_a_dispatcher_that_restarts_in_mid_shard_lets_its_renderer_go_on(ledger, plan, monkeypatch):
+    monkeypatch.setattr("farm.renderer.RENEW_S", 0.02)
+    slow = slower(plan, steps=20)
+    assert ledger.create_plan(slow, 2)
+    ledger.put_totals(plan, 1, _totals())
     link = InProcess(ledger, plan.job)
-    restarted = []
-
-    def disturb() -> None:
-        if link.completed and not restarted:
-            link.restart()
-            restarted.append(True)
+    renderer = make_renderer(ledger, link)
+    rendered: list[str] = []
 
     def done() -> bool:
-        disturb()
+        steps = [task.progress.ticks for task in renderer._tasks.values() if task.progress.stage == "denoise"]
+        if steps and max(steps) > 5 and link.restarts < 4 and not rendered:
+            rendered.extend(renderer._tasks)
+            link.restart()
+        if rendered and rendered[0] not in renderer._tasks:
+            rendered.clear()
         progress = link.dispatch.progress(plan.job)
         return progress is None or progress.state == "done"
 
-    run_until(done, make_renderer(ledger, link))
-    assert restarted
+    run_until(done, renderer)
+    assert link.restarts == 4
     assert link.given_back == []
-    assert {row.attempt for row in ledger.rows(plan)} == {1}
+    pictures = list(ledger.store.list(f"jobs/{plan.job}/{slow.run}/images/"))
+    assert len(pictures) == 16
 
 
 def test_receipts_written_while_the_dispatcher_is_away_are_delivered_when_it_is_back(ledger, plan):
@@ -179,9 +191,7 @@ def test_a_store_error_gives_the_lease_back_with_its_code_and_leaves_no_receipt(
 
 
 def test_a_dropped_lease_ends_within_a_step_and_blames_nobody(ledger, plan):
-    slow = plan.model_copy(
-        update={"params": plan.params.model_copy(update={"num_inference_steps": 500}), "run": "11111111"}
-    )
+    slow = slower(plan, steps=500)
     assert ledger.create_plan(slow, 2)
     ledger.put_totals(plan, 1, _totals())
     link = InProcess(ledger, plan.job)
@@ -205,6 +215,33 @@ def test_a_retired_renderer_gives_back_what_it_holds(ledger, plan):
     run_until(lambda: link.asked, make_renderer(ledger, link))
     assert {end.code for end in link.given_back} <= {"retired"}
     assert all(np.isin([lease.shard for lease in link.completed], range(4)))
+
+
+def test_a_retired_renderer_does_not_wait_for_its_question_to_be_answered(ledger, plan):
+    link = InProcess(ledger, plan.job)
+    for shard in range(4):
+        link.dispatch._runs[plan.run].done[shard] = True
+
+    async def parked(question: Ask) -> Reply:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    link.ask = parked
+    run_until(lambda: True, make_renderer(ledger, link))
+
+
+def test_a_device_that_failed_ends_the_process_after_the_lease_went_back(ledger, plan, monkeypatch):
+    def fail(self, **_: object) -> None:
+        raise DeviceLostError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("farm.shard.ShardRunner.run", fail)
+    link = InProcess(ledger, plan.job)
+    ended: list[int] = []
+    renderer = Renderer(
+        name="a", incarnation="i", device="cpu", vram_gib=16, ledger=ledger, link=link, end_process=ended.append
+    )
+    run_until(lambda: ended, renderer)
+    assert link.given_back[0].code == "device_lost"
 
 
 def test_a_plan_made_for_other_versions_is_left_to_others_with_both_versions_named(ledger, plan):

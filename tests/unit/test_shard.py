@@ -1,14 +1,23 @@
 """Shards with a family without torch: receipts, the failure ladder, stores that fail, cancels."""
 
 import threading
+import time
+import weakref
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from farm.errors import CancelledError, ObjectMissingError, OutOfMemoryError, StoreUnavailableError
+from farm.errors import (
+    CancelledError,
+    DeviceLostError,
+    ObjectMissingError,
+    OutOfMemoryError,
+    StoreUnavailableError,
+)
 from farm.ledger import Ledger
 from farm.plan import ImageSpec, Plan
 from farm.provenance import read_provenance
@@ -242,8 +251,115 @@ def test_progress_only_grows_and_tells_the_last_batch(tmp_path: Path) -> None:
     drawing = [step for step in progress if step.stage != "write"]
     assert [step.fraction for step in drawing] == sorted(step.fraction for step in drawing)
     assert sorted(step.ticks for step in progress) == list(range(1, len(progress) + 1))
-    assert {step.in_hand for step in drawing if step.last_batch} == {(4, 5, 6, 7)}
+    assert {step.in_hand for step in drawing if step.last_batch} == {(4, 5, 6, 7), ()}
     assert progress[-1].fraction == 1.0
+    assert [step.ticks for step in progress] == list(range(1, len(progress) + 1))
+
+
+def test_nothing_is_in_hand_between_batches(tmp_path: Path) -> None:
+    progress: list[ShardProgress] = []
+    run(ledger(tmp_path), plan(PROMPTS), FakeFamily(), on_progress=progress.append)
+    hands = [hand for hand, _ in groupby(step.in_hand for step in progress)]
+    assert hands == [(), (0, 1, 2, 3), (), (4, 5, 6, 7), ()]
+
+
+def test_from_the_second_attempt_on_every_batch_is_announced_before_it_starts(tmp_path: Path) -> None:
+    family = FakeFamily()
+    announced: list[tuple[tuple[int, ...], int]] = []
+
+    def on_progress(step: ShardProgress) -> None:
+        if step.announce:
+            announced.append((step.in_hand, len(family.denoised)))
+
+    def trouble(specs: Sequence[ImageSpec]) -> None:
+        if len(specs) > 2 and specs[0].index >= 4:
+            raise OutOfMemoryError("no memory left")
+
+    family.trouble = trouble
+    run(ledger(tmp_path), plan(PROMPTS), family, attempt=2, on_progress=on_progress)
+    assert announced == [((0, 1, 2, 3), 0), ((4, 5, 6, 7), 1), ((4, 5), 2), ((6, 7), 3)]
+
+
+def test_progress_of_the_writers_threads_never_overtakes_the_renders(tmp_path: Path) -> None:
+    inside = threading.Lock()
+    ticks: list[int] = []
+
+    def on_progress(step: ShardProgress) -> None:
+        assert inside.acquire(blocking=False), "two threads publish at once"
+        time.sleep(0.001)
+        ticks.append(step.ticks)
+        inside.release()
+
+    assert run(ledger(tmp_path), plan(PROMPTS), FakeFamily(), on_progress=on_progress).failed == 0
+    assert ticks == list(range(1, len(ticks) + 1))
+
+
+def test_a_failed_batch_is_let_go_of_before_its_halves_are_drawn(tmp_path: Path) -> None:
+    held: list[weakref.ref[np.ndarray]] = []
+    alive: list[tuple[tuple[int, ...], list[bool]]] = []
+
+    class Hungry(FakeFamily):
+        def denoise(self, specs: Sequence[ImageSpec], noise: Any, **options: Any) -> Any:
+            alive.append((tuple(image.index for image in specs), [ref() is not None for ref in held]))
+            tensor = np.zeros(16)
+            held.append(weakref.ref(tensor))
+            if len(specs) == 4:
+                raise OutOfMemoryError("no memory left")
+            if specs[0].index == 4:
+                raise ValueError(f"no such shape: {tensor.shape}")
+            return super().denoise(specs, noise, **options)
+
+    family = Hungry()
+    receipt = run(ledger(tmp_path), plan(PROMPTS), family)
+    assert [indexes for indexes, _ in alive] == [
+        *[(0, 1, 2, 3), (0, 1), (2, 3)],
+        *[(4, 5, 6, 7), (4, 5), (4, 5), (4,), (5,), (6, 7)],
+    ]
+    assert not any(flag for _, flags in alive for flag in flags)
+    assert family.recovered == 5
+    assert [row.index for row in receipt.rows if row.status == "failed"] == [4]
+
+
+def test_a_lost_device_is_nobodys_row_and_leaves_no_receipt(tmp_path: Path) -> None:
+    def trouble(specs: Sequence[ImageSpec]) -> None:
+        raise DeviceLostError("cuda:0 failed and could not denoise: an illegal memory access was encountered")
+
+    store, device, family = ledger(tmp_path), on_device(), FakeFamily(trouble)
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        run(store, plan(PROMPTS), family, on_device=device)
+    assert family.denoised == [(0, 1, 2, 3)]
+    with pytest.raises(ObjectMissingError):
+        store.receipt(plan(PROMPTS), 1, 0)
+    assert not device.locked()
+    assert writer_threads() == []
+
+
+def test_a_prompt_that_the_tokenizer_fails_on_fails_alone(tmp_path: Path) -> None:
+    class Choosy(FakeFamily):
+        def tokenize(self, prompt: str) -> Any:
+            if prompt == "prompt 2":
+                raise ValueError("no such word")
+            return super().tokenize(prompt)
+
+    family = Choosy()
+    receipt = run(ledger(tmp_path), plan(PROMPTS), family)
+    assert [(row.index, row.error_code) for row in receipt.rows if row.status == "failed"] == [(2, "render")]
+    assert receipt.rows[2].error_message == "could not cut a prompt into tokens: ValueError: no such word"
+    assert family.denoised == [(0, 1, 3, 4), (5, 6, 7)]
+
+
+def test_a_tokenizer_that_fails_once_changes_no_batch(tmp_path: Path) -> None:
+    class Once(FakeFamily):
+        failures = iter([ValueError("a cosmic ray")])
+
+        def tokenize(self, prompt: str) -> Any:
+            for failure in self.failures:
+                raise failure
+            return super().tokenize(prompt)
+
+    family = Once()
+    assert run(ledger(tmp_path), plan(PROMPTS), family).failed == 0
+    assert family.denoised == [(0, 1, 2, 3), (4, 5, 6, 7)]
 
 
 def test_shards_of_a_later_pass_render_its_list(tmp_path: Path) -> None:

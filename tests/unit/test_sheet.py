@@ -45,7 +45,16 @@ def test_a_failed_image_is_a_grey_tile(tmp_path: Path) -> None:
 
 
 def test_a_sheet_of_any_prompt_and_shape_is_drawn(tmp_path: Path) -> None:
-    prompts = ["", "word " * 500, "x" * 3000, "一只红色的圆在白色背景上", "a\nb\tc", "\u0000\u200b🎨", "עברית"]
+    prompts = [
+        "",
+        "word " * 500,
+        "x" * 3000,
+        "y" * 2_000_000,
+        "一只红色的圆在白色背景上",
+        "a\nb\tc",
+        "\u0000\u200b🎨",
+        "עברית",
+    ]
     tiles = [
         Tile(replace(tile.row, prompt=prompt, width=[64, 1344][at % 2], negative_prompt="n" * at), tile.picture)
         for at, (prompt, tile) in enumerate(zip(prompts, tiles_of(tmp_path, len(prompts)), strict=True))

@@ -113,6 +113,13 @@ def test_new_job_writes_parts_marker_and_plan(bench: Bench) -> None:
     assert made.plan.numerics.threads == 2
 
 
+def test_job_of_more_images_than_indexes_is_refused(bench: Bench) -> None:
+    with pytest.raises(ManifestError) as caught:
+        bench.submit(HEAD + "prompts: {template: 'a {b|c}', draw: 600000000}\nseeds: {count: 2}\n")
+    assert caught.value.message.startswith(f"{bench.folder}/m.yaml:3: comes to 1,200,000,000 images, a job has at most")
+    assert bench.objects() == []
+
+
 def test_equal_manifest_resumes_and_draws_nothing_anew(bench: Bench) -> None:
     text = HEAD + "prompts: [one, two]\nseeds: [5, -1, -1]\n"
     first = bench.submit(text)

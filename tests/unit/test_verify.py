@@ -66,6 +66,13 @@ def test_an_unfinished_job_lacks_receipts(tmp_path: Path) -> None:
     )
 
 
+def test_a_finished_job_that_lost_a_receipt_says_how_its_shard_is_rendered_again(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path)
+    next(tmp_path.rglob("receipts/0001/*1.parquet")).unlink()
+    _, findings = verified(ledger, plan)
+    assert f"or delete jobs/shapes/{plan.run}/totals/ and run farm render again" in findings[0].message
+
+
 def test_a_damaged_receipt_is_a_finding_and_the_rest_is_still_looked_at(tmp_path: Path) -> None:
     ledger, plan = make_job(tmp_path)
     next(tmp_path.rglob("receipts/0001/*1.parquet")).write_bytes(b"not parquet")

@@ -12,9 +12,9 @@ from typing import Self
 import pytest
 
 from farm.cli.app import main
-from farm.dispatch import JobProgress
 from farm.export import finalise
 from farm.ledger import Ledger
+from farm.run import JobProgress
 from farm.settings import Settings
 from tests.unit.finished_jobs import CARD, commit_shard, make_ledger
 

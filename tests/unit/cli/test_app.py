@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 
 from farm import __version__
 from farm.cli import jobs
+from farm.cli.app import main
 from farm.cli.exits import MEANINGS, exit_code, exit_code_of
 from farm.errors import BucketMissingError, FarmError, OutOfMemoryError, PromptError
 from tests.unit.cli.conftest import Place
@@ -55,6 +57,36 @@ def test_a_wrong_flag_is_one_line(farm: Place) -> None:
     assert ended.out == ""
     assert ended.error.startswith("No such option: --jason")
     assert ended.err.count("\n") == 1
+
+
+def test_no_command_at_all_shows_the_help_and_no_error(farm: Place) -> None:
+    ended = farm()
+    assert ended.code == 2
+    assert "Render a manifest" in ended.out
+    assert ended.err == ""
+
+
+def test_a_misspelt_variable_is_refused_and_a_foreign_one_is_not(farm: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FARM_ANIMALS", "12")
+    assert farm("status").code == 0
+    monkeypatch.setenv("FARM_STOER", "s3://bucket")
+    ended = farm("status")
+    assert ended.code == 2
+    assert ended.error == "variable FARM_STOER is no setting; did you mean FARM_STORE?"
+
+
+def test_an_unknown_key_in_farm_toml_is_named_with_the_nearest(farm: Place) -> None:
+    farm.write("farm.toml", 'stoer = "x"')
+    assert farm("status").error == "farm.toml: unknown key stoer; did you mean store?"
+
+
+def test_a_locale_without_unicode_ends_no_command(farm: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main(["models"]) == 0
+    assert main(["models", "--json"]) == 0
+    printed = sys.stdout.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert "\\xd7" in printed
+    assert json.loads(printed[printed.index("{") :])["models"]
 
 
 def test_a_wrong_flag_beside_json_is_json(farm: Place) -> None:

@@ -53,12 +53,12 @@ def test_pull_copies_a_job_and_says_what_was_there(farm: Place) -> None:
 
 def test_pull_refuses_somebodys_folder(farm: Place) -> None:
     make_job(farm.store)
-    (farm.folder / "out").mkdir()
-    farm.write("out/metadata.jsonl", "mine")
+    (farm.folder / "out" / "train").mkdir(parents=True)
+    farm.write("out/train/metadata.jsonl", "mine")
     ended = farm("pull", "shapes", "--to", "out")
     assert ended.code == 2
     assert "pull into another folder" in ended.error
-    assert [path.name for path in (farm.folder / "out").iterdir()] == ["metadata.jsonl"]
+    assert [path.name for path in (farm.folder / "out").iterdir()] == ["train"]
 
 
 def test_pull_of_a_job_that_is_not_done_takes_what_is_there(farm: Place) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from farm.cli.following import PlainLine, follow, interruptible, measures
-from farm.dispatch import JobProgress
+from farm.run import JobProgress
 
 RUNNING = JobProgress(
     job="shapes",
@@ -60,6 +60,26 @@ def test_following_ends_with_the_job_and_tells_each_new_message_once(capsys: pyt
     assert last.state == "done"
     assert len(slept) == 4
     assert capsys.readouterr().err.count("note: store unavailable, trying again") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_ways_to_stop_end_in_good_order_too(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with interruptible() as take_signals:
+        signal.signal(number, signal.SIG_IGN)  # as a library does that wants the signal for itself
+        take_signals()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_was_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_first_ctrl_c_raises_and_the_second_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

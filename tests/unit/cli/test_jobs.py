@@ -22,6 +22,19 @@ def test_status_lists_jobs_and_how_they_stand(farm: Place) -> None:
     assert stands["begun"][:6] == ["open", "shapes", "10", "40", "%", "–"]
 
 
+def test_a_damaged_job_hides_no_other(farm: Place) -> None:
+    make_job(farm.store, job="whole")
+    make_job(farm.store, job="broken")
+    (farm.store / "jobs" / "broken" / "plans" / "0001.json").write_text("{")
+    ended = farm("status")
+    assert ended.code == 3
+    assert ended.out.splitlines()[2].split()[:2] == ["whole", "done"]
+    assert ended.error.startswith("broken: ")
+    record = json.loads(farm("status", "--json").out)
+    assert [one["job"] for one in record["jobs"]] == ["whole"]
+    assert [(one["job"], one["code"]) for one in record["damaged"]] == [("broken", "record")]
+
+
 def test_status_of_one_job_shows_its_failures(farm: Place) -> None:
     make_job(farm.store, failed={3, 7})
     ended = farm("status", "shapes")

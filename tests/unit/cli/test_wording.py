@@ -43,3 +43,4 @@ def test_counts_rates_ages_and_cuts() -> None:
     assert age("some day", now) == "some day"
     assert cut("a\n b  c", 10) == "a b c"
     assert cut("a long line", 7) == "a long…"
+    assert cut("red \x1b[31m, bell \x07, turned \u202e", 40) == "red \ufffd[31m, bell \ufffd, turned \ufffd"

@@ -2,6 +2,7 @@
 
 import shutil
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from diffusers import ZImagePipeline
 
 from farm.engine import Engine, Picture
-from farm.errors import ModelCardError, OutOfMemoryError
+from farm.errors import ModelCardError, NumericsError, OutOfMemoryError
+from farm.modelcard import pinned
 from farm.models.device import Device
 from farm.models.zimage import ZImageFamily
 from tests.drawing import card, numerics, spec, write_tiny_zimage
@@ -205,6 +207,49 @@ def test_missing_and_broken_weights_are_named(folder: Path, tmp_path: Path) -> N
         load(copy)
     with pytest.raises(ModelCardError, match="is not a folder"):
         load(tmp_path / "nowhere")
+
+
+def test_other_weights_than_the_plans_are_not_loaded(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    planned = pinned(card(copy))
+    ZImageFamily(planned, numerics(), device="cpu", vram_gib=16.0).load()
+    (copy / "scheduler" / "scheduler_config.json").write_text("{}")
+    with pytest.raises(NumericsError) as caught:
+        ZImageFamily(planned, numerics(), device="cpu", vram_gib=16.0).load()
+    assert caught.value.message.startswith(
+        f"model sketch: the plan was made with weights {planned.source.revision}, {copy} holds "
+        f"{pinned(planned).source.revision}; put the old weights back"
+    )
+
+
+def test_every_thread_that_renders_has_the_plans_count_of_threads(folder: Path) -> None:
+    before = torch.get_num_threads()
+    counts: list[int] = []
+
+    def render(family: ZImageFamily) -> None:
+        torch.set_num_threads(1)
+        embedding = family.encode(family.tokenize("a red circle"))
+        torch.set_num_threads(1)
+        latents = family.denoise(
+            [spec(0)],
+            family.noise([spec(0)]),
+            positive=[embedding],
+            negative=[embedding],
+            on_step=lambda step, of: counts.append(torch.get_num_threads()),
+        )
+        torch.set_num_threads(1)
+        family.decode(latents, spec(0))
+        counts.append(torch.get_num_threads())
+
+    try:
+        family = ZImageFamily(card(folder), numerics(threads=2), device="cpu", vram_gib=16.0)
+        family.load()
+        with ThreadPoolExecutor(1) as other:
+            other.submit(render, family).result()
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [2] * 4
 
 
 def test_no_memory_left_is_told_as_such() -> None:

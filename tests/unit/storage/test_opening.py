@@ -37,6 +37,7 @@ def test_a_bucket_is_opened_without_a_connection() -> None:
     [
         ("", "names no folder"),
         ("s3://", "is no bucket's name"),
+        ("s3:/bucket", "two slashes come after the colon"),
         ("s3:///prefix", "is no bucket's name"),
         ("s3://Bucket_A/x", "is no bucket's name"),
         ("s3://bucket/a//b", "the prefix is not one"),
