@@ -18,10 +18,13 @@ from typing import Any, Self
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
-# Ray reads both once, at its import.
+os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+
+# Ray reads these once, at its import. The last: no stack dump of its own when this process is asked to end.
 import psutil
 import ray
-from ray.exceptions import RayError
+from filelock import FileLock
+from ray.exceptions import RayError, RayTaskError
 
 from actors.dispatcher import DispatcherActor
 from actors.names import DISPATCHER, NAMESPACE
@@ -34,6 +37,7 @@ from farm.settings import Settings
 OBJECT_STORE_BYTES = 128 * 1024**2
 """Pictures never pass through Ray's object store; this holds calls alone."""
 ANSWER_S = 10.0
+CALL_TRIES = 3
 CONTROL_STORE_EVERY_S = 2.0
 CONTROL_STORE_REFUSALS = 3
 CLOCK_S = 2.0
@@ -102,15 +106,20 @@ class Farm:
         return tuple(name for name in self._call("unfinished") if name != job)
 
     def _call(self, method: str, *arguments: object) -> Any:
-        for _ in range(3):
+        for _ in range(CALL_TRIES):
             try:
                 return ray.get(getattr(self._dispatcher, method).remote(*arguments), timeout=ANSWER_S)
+            except RayTaskError as exc:
+                if isinstance(exc.cause, FarmError):
+                    raise exc.cause from None
+                raise FarmUnavailableError(
+                    f"the dispatcher failed in {method}: {type(exc.cause).__name__}: {exc.cause}; its log has the traceback"
+                ) from exc
             except RayError as exc:
-                cause = getattr(exc, "cause", None)
-                if isinstance(cause, FarmError):
-                    raise cause from None
                 failure = exc
-                time.sleep(1.0)
+                for _ in range(CONTROL_STORE_REFUSALS):
+                    self._control_store.check(now=True)
+                    time.sleep(0.5)
         raise FarmUnavailableError(
             f"the farm does not answer ({type(failure).__name__}); what was stored is safe: run the command again"
         ) from failure
@@ -126,9 +135,9 @@ class _ControlStore:
         self._looked_at = 0.0
         self._refused = 0
 
-    def check(self) -> None:
-        """Raise FarmUnavailableError once it has refused several looks in a row."""
-        if time.monotonic() - self._looked_at < CONTROL_STORE_EVERY_S:
+    def check(self, *, now: bool = False) -> None:
+        """Raise FarmUnavailableError once it has refused several looks in a row; looks now and then, or `now`."""
+        if not now and time.monotonic() - self._looked_at < CONTROL_STORE_EVERY_S:
             return
         self._looked_at = time.monotonic()
         try:
@@ -147,46 +156,71 @@ def open_farm(settings: Settings, *, renderers: int | None = None, start: bool =
 
     Raises FarmUnavailableError when there is none and `start` is false, or when Ray does not start.
     """
-    note = _note(settings)
-    address = settings.address or _address(note)
-    if address:
-        _init(address=address)
-        try:
-            dispatcher = ray.get_actor(DISPATCHER, NAMESPACE)
-        except ValueError:
-            if not settings.address:
-                ray.shutdown()
-        else:
-            return _attach(dispatcher, settings)
-    if not start:
-        raise FarmUnavailableError(f"no farm runs on this machine for {settings.store}; farm render starts one")
-    device = local_device()
-    count = renderers or settings.renderers
     if settings.address:
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        count = count or gpus or 1
-    else:
-        gpus = len(device.gpus)
-        count = count or default_renderers(device)
-        _write_token()
+        return _join(settings, renderers, start=start)
+    note = _note(settings)
+    with FileLock(note.with_suffix(".lock")):
+        farm = _found(settings, note)
+        if farm is not None:
+            return farm
+        if not start:
+            raise FarmUnavailableError(f"no farm runs on this machine for {settings.store}; farm render starts one")
+        return _started(settings, note, renderers)
+
+
+def _found(settings: Settings, note: Path) -> Farm | None:
+    """Attach to the farm that this machine's note names, if it lives."""
+    address = _address(note)
+    if address is None:
+        return None
+    try:
+        _init(address=address)
+        return _attach(ray.get_actor(DISPATCHER, NAMESPACE), settings)
+    except (FarmUnavailableError, ValueError):
+        ray.shutdown()
+        if _address(note) is not None:
+            raise
+        return None
+
+
+def _join(settings: Settings, renderers: int | None, *, start: bool) -> Farm:
+    """Use a cluster that somebody else keeps up: attach to its farm, or bring one up on it."""
+    _init(address=settings.address)
+    try:
+        return _attach(ray.get_actor(DISPATCHER, NAMESPACE), settings)
+    except ValueError:
+        if not start:
+            raise FarmUnavailableError(f"no farm runs at {settings.address}; farm render starts one") from None
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    count = renderers or settings.renderers or gpus or 1
+    return Farm(_dispatcher(settings, count, gpu=gpus > 0, all_open=True), note=None)
+
+
+def _started(settings: Settings, note: Path, renderers: int | None) -> Farm:
+    """Start Ray and a farm on this machine."""
+    device = local_device()
+    count = renderers or settings.renderers or default_renderers(device)
+    _write_token()
+    try:
         _init(
             address="local",
             num_cpus=count + 1,
-            num_gpus=gpus,
+            num_gpus=len(device.gpus),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
         )
-    dispatcher = DispatcherActor.options(  # type: ignore[attr-defined]
-        name=DISPATCHER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
-    ).remote(
-        settings.model_copy(update={"store": _absolute(settings.store)}),
-        count,
-        gpu=gpus > 0,
-        all_open=settings.address is not None,
-    )
-    if not settings.address:
+        dispatcher = _dispatcher(settings, count, gpu=bool(device.gpus), all_open=False)
         _write_note(note)
-    return Farm(dispatcher, note=None if settings.address else note)
+    except BaseException:
+        ray.shutdown()
+        raise
+    return Farm(dispatcher, note=note)
+
+
+def _dispatcher(settings: Settings, renderers: int, *, gpu: bool, all_open: bool) -> Any:
+    return DispatcherActor.options(  # type: ignore[attr-defined]
+        name=DISPATCHER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
+    ).remote(settings.model_copy(update={"store": _absolute(settings.store)}), renderers, gpu=gpu, all_open=all_open)
 
 
 def _attach(dispatcher: Any, settings: Settings) -> Farm:
@@ -213,8 +247,18 @@ def _absolute(store: str) -> str:
 
 
 def _note(settings: Settings) -> Path:
-    digest = hashlib.sha256(_absolute(settings.store).encode()).hexdigest()[:16]
-    return settings.runtime_dir / f"{digest}.json"
+    """Where a farm on this store leaves word of itself; makes the folder, which must be this user's own."""
+    folder = settings.runtime_dir
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as exc:
+        raise FarmUnavailableError(f"{folder}: {exc.strerror}; set FARM_RUNTIME_DIR to a folder of yours") from exc
+    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        raise FarmUnavailableError(
+            f"{folder} is open to other users, who could mislead this farm; set FARM_RUNTIME_DIR to a folder of yours"
+        )
+    return folder / f"{hashlib.sha256(_absolute(settings.store).encode()).hexdigest()[:16]}.json"
 
 
 def _write_note(note: Path) -> None:
@@ -222,11 +266,6 @@ def _write_note(note: Path) -> None:
     address = ray.get_runtime_context().gcs_address
     record = json.dumps({"address": address, "pid": process.pid, "started": process.create_time()})
     try:
-        note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if note.parent.stat().st_uid != os.getuid() or stat.S_IMODE(note.parent.stat().st_mode) & 0o022:
-            raise FarmUnavailableError(
-                f"{note.parent} is open to other users, who could mislead this farm; set FARM_RUNTIME_DIR to a folder of yours"
-            )
         note.write_text(record)
     except OSError as exc:
         raise FarmUnavailableError(f"{note}: {exc.strerror}; set FARM_RUNTIME_DIR to a folder of yours") from exc

@@ -286,7 +286,11 @@ class Dispatch:
         if not runs:
             return None
         run = next((r for r in runs if not r.finalised), runs[-1])
-        busy = {h.renderer for h in self._held.values() if h.lease.run == run.entry.run}
+        busy = {held.renderer for held in self._held.values()}
+        ahead = sorted({held.lease.job for held in self._held.values()} - {job})
+        message = run.message
+        if run.state == "waiting" and ahead:
+            message = f"waits behind {', '.join(ahead)}"
         done = self._images_done(run)
         rate = None
         if len(run.samples) >= 2 and run.samples[-1][0] > run.samples[0][0]:
@@ -304,7 +308,7 @@ class Dispatch:
             eta_s=(run.entry.images - done) / rate if rate else None,
             renderers=len(self._renderers),
             renderers_busy=len(busy),
-            message=run.stalled[1] if run.stalled else run.message,
+            message=message,
             seconds=dict(run.seconds),
         )
 

@@ -34,7 +34,10 @@ class RunEntry:
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """A snapshot of a job's open pass. `fraction` counts the steps of shards in hand; `images_per_s` is of late."""
+    """A snapshot of a job's open pass. `fraction` counts the steps of shards in hand; `images_per_s` is of late.
+
+    `renderers` and `renderers_busy` are the farm's, for whichever job.
+    """
 
     job: str
     run: str

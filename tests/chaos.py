@@ -31,7 +31,7 @@ CEPH = Path(__file__).parent.parent / "infra" / "s3" / "ceph.sh"
 FARM = Path(sys.executable).parent / "farm"
 KINDS = ("renderer", "dispatcher", "ray", "cli", "s3")
 JOB = "chaos"
-SOON_EXIT_CODES = {2, 4, 5}
+SOON_EXIT_CODES = {1, 2, 4, 5}
 """A command that ends with one of these has met what no kill explains."""
 PATIENCE_S = 900.0
 LEFTOVERS_S = 60.0

@@ -242,7 +242,7 @@ def test_retry_renders_the_failed_images_again_as_a_new_pass(terminal):
     out, _ = terminal.run("render", manifest, code=5)
     assert "6 of 8 images" in out
     assert "nan_picture" in out
-    out, _ = terminal.run("retry", "patchy")
+    terminal.run("retry", "patchy")
     assert {row.status for row in terminal.rows("patchy")} == {"ok"}
     assert [row.pass_number for row in terminal.rows("patchy")] == [2, 2, 1, 1, 1, 1, 1, 1]
     terminal.run("verify", "patchy")
@@ -277,3 +277,15 @@ def failed_row(spec: ImageSpec) -> ImageRow:
         device="cpu",
         carry={},
     )
+
+
+def test_without_rays_control_store_the_command_ends_in_our_words_and_goes_on_when_typed_again(terminal):
+    manifest = terminal.manifest("rayless", SLEEPY.format(count=20, steps=20))
+    farm = terminal.start("render", manifest)
+    until(lambda: terminal.receipts("rayless") >= 2)
+    end(find(farm, "gcs_server")[0].pid)
+    _, err = farm.communicate(timeout=90)
+    assert farm.returncode == 6, err
+    assert "goes on" in err.splitlines()[-1]
+    terminal.run("render", manifest)
+    assert len(terminal.rows("rayless")) == 60

@@ -285,6 +285,15 @@ def test_higher_priority_goes_first_then_the_loaded_model_then_age():
     assert bench.ask("a", model=None).job == "old"
 
 
+def test_a_job_that_waits_for_another_says_so():
+    bench = Bench(entry("first"), entry("second", created_at="2026-02-01"))
+    bench.meet("a")
+    bench.need("a")
+    waiting = bench.dispatch.progress("second")
+    assert (waiting.state, waiting.message) == ("waiting", "waits behind first")
+    assert (waiting.renderers_busy, waiting.renderers) == (1, 1)
+
+
 def test_a_batch_that_ends_its_renderer_again_and_again_is_narrowed_to_one_image():
     """Image 2 kills every renderer; the others of its shard must survive it."""
     bench = Bench(entry(images=4))
