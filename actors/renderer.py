@@ -12,6 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.logs import log_to_stderr
 from actors.names import DISPATCHER, NAMESPACE
+from farm.devices import local_device
 from farm.errors import FarmUnavailableError
 from farm.lease import Ask, Beat, Completion, GiveBack, Hello, Renewal, Reply
 from farm.ledger import Ledger
@@ -77,6 +78,7 @@ class RendererActor:
             name=name,
             incarnation=uuid.uuid4().hex[:12],
             device="cuda:0" if self._lock else "cpu",
+            device_name=local_device().name,
             vram_gib=settings.vram_gib,
             ledger=Ledger(open_store(settings.store, settings)),
             link=DispatcherLink(),

@@ -90,8 +90,12 @@ def _prompt_changes(
 
 
 def numerics_differences(planned: Numerics, here: Numerics) -> tuple[str, ...]:
-    """Return what differs, as `torch: 2.13.0 -> 2.14.0`. The number of renderers may change threads: that counts."""
+    """Return what differs, as `torch: 2.13.0 -> 2.14.0`. The number of renderers may change threads: that counts.
+
+    A package that the plan does not name counts for nothing, as when its renderers check.
+    """
     then, now = _flat(planned.model_dump(mode="json")), _flat(here.model_dump(mode="json"))
+    now = {name: value for name, value in now.items() if name in then or not name.startswith("versions.")}
     return tuple(
         f"{name.removeprefix('versions.')}: {then.get(name, 'none')} -> {now.get(name, 'none')}"
         for name in dict.fromkeys((*then, *now))

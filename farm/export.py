@@ -1,7 +1,8 @@
-"""Finalise a pass: compact the receipts of all passes into the dataset, draw the contact sheet, write the totals.
+"""Finalise a pass: compact its receipts into the dataset, draw the contact sheet, write totals and measured speed.
 
 Reads receipts and pictures, writes objects that follow from them alone: doing it twice, or two doing it at once, gives
-the same objects. Totals come last, since they close the pass. Memory is flat: one part of the dataset at a time.
+the same objects. Who comes late, when a later pass is open, writes nothing more. Totals come last, since they close the
+pass. Memory is flat: one part of the dataset at a time.
 """
 
 import heapq
@@ -24,7 +25,7 @@ from farm.ledger import Ledger
 from farm.plan import Plan
 from farm.prefetch import in_order
 from farm.receipt import COLUMNS, ImageRow, Receipt, rows_to_table
-from farm.records import Totals
+from farm.records import Profile, Totals
 from farm.sheet import Tile, draw_sheet, spread
 
 log = logging.getLogger(__name__)
@@ -39,14 +40,39 @@ PAUSE_S = 60.0  # a longer time in which no shard was in hand is no part of a jo
 _JSON = {b"farm": b"json"}
 
 
+class _OvertakenError(Exception):
+    """Raised where a later pass was opened meanwhile: dataset and sheet are its own to write."""
+
+
 def finalise(
-    ledger: Ledger, plan: Plan, pass_number: int, *, on_rows: Callable[[int], None] = lambda rows: None
+    ledger: Ledger,
+    plan: Plan,
+    pass_number: int,
+    *,
+    rewrite: bool = False,
+    on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Totals:
     """Write dataset parts, contact sheet and totals of a pass whose shards are all done, and return the totals.
 
-    `on_rows` is told the count of rows done now and then. Raises ControlError where shards are missing, RecordError
-    where receipts and plan disagree.
+    A pass that is closed already is left as it is, unless `rewrite`; then it must be the latest. `on_rows` is told the
+    count of rows done now and then. Raises ControlError where shards are missing, RecordError where receipts and plan
+    disagree.
     """
+    closed = ledger.totals(plan, pass_number)
+    if closed is not None and not rewrite:
+        return closed
+    try:
+        return _write_all(ledger, plan, pass_number, on_rows)
+    except _OvertakenError:
+        closed = ledger.totals(plan, pass_number)
+    if closed is None:
+        raise ControlError(
+            f"job {plan.job}: pass {pass_number + 1} is open, so pass {pass_number} is not written again"
+        )
+    return closed
+
+
+def _write_all(ledger: Ledger, plan: Plan, pass_number: int, on_rows: Callable[[int], None]) -> Totals:
     for number in range(1, pass_number + 1):
         done = ledger.done_shards(plan, number)
         if not done.all():
@@ -58,7 +84,12 @@ def finalise(
     tally = _Tally()
     wanted = set(spread(plan.images))
     shown: list[ImageRow] = []
-    parts = _DatasetParts(ledger, plan)
+
+    def still_ours() -> None:
+        if ledger.passes(plan) > pass_number:
+            raise _OvertakenError
+
+    parts = _DatasetParts(ledger, plan, before_write=still_ours)
     for row in _rows(ledger, plan, pass_number, tally):
         tally.add_row(row)
         parts.add(row)
@@ -73,8 +104,14 @@ def finalise(
         )
     parts.finish()
     totals = tally.totals()
-    ledger.store.put(sheet_key(plan), _draw(ledger, plan, shown, totals), content_type="image/png")
+    sheet = _draw(ledger, plan, shown, totals)
+    still_ours()
+    ledger.store.put(sheet_key(plan), sheet, content_type="image/png")
+    still_ours()
     ledger.put_totals(plan, pass_number, totals)
+    profile = tally.profile(plan)
+    if profile is not None:
+        ledger.put_profile(profile)
     log.info("finalised", extra={"job": plan.job, "pass_number": pass_number, "ok": totals.ok, "failed": totals.failed})
     return totals
 
@@ -137,6 +174,8 @@ class _Tally:
     failures: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
     renderers: set[str] = field(default_factory=set)
+    kinds: set[tuple[str, int, int, int]] = field(default_factory=set)
+    drawn_seconds: float = 0.0
 
     def add_receipt(self, receipt: Receipt) -> None:
         self.work.add(receipt)
@@ -152,6 +191,26 @@ class _Tally:
             self.ok += 1
             self.flagged += row.flag is not None
             self.size_bytes += row.size_bytes or 0
+            self.drawn_seconds += row.seconds
+            if len(self.kinds) < 2:
+                self.kinds.add((row.device, row.width, row.height, row.num_inference_steps))
+
+    def profile(self, plan: Plan) -> Profile | None:
+        """How fast these pictures were drawn, where they are of one size, one number of steps and one device."""
+        if len(self.kinds) != 1 or self.drawn_seconds <= 0:
+            return None
+        ((device, width, height, steps),) = self.kinds
+        return Profile(
+            model=plan.card.name,
+            device=device,
+            seconds_per_image=self.drawn_seconds / self.ok,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            batch=plan.numerics.batch,
+            images=self.ok,
+            measured_at=self.work.finished_at,
+        )
 
     def totals(self) -> Totals:
         return Totals(
@@ -196,9 +255,10 @@ class _DatasetParts:
     part widen one (null to text, whole to broken numbers), the earlier parts are written again at the end.
     """
 
-    def __init__(self, ledger: Ledger, plan: Plan):
+    def __init__(self, ledger: Ledger, plan: Plan, *, before_write: Callable[[], None]):
         self._ledger = ledger
         self._plan = plan
+        self._before_write = before_write
         self._rows: list[ImageRow] = []
         self._chunks: list[pa.Table] = []
         self._carried: dict[str, pa.Field] = {}
@@ -225,6 +285,7 @@ class _DatasetParts:
         kept = {self._key(number) for number in range(len(self._written))}
         for info in store.list(dataset_prefix(self._plan)):
             if info.key not in kept:
+                self._before_write()
                 store.delete(info.key)
 
     def _cut(self) -> None:
@@ -247,6 +308,7 @@ class _DatasetParts:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", row_group_size=CHUNK_ROWS)
         data = sink.getvalue().to_pybytes()
+        self._before_write()
         self._ledger.store.put(self._key(number), data, content_type="application/vnd.apache.parquet")
 
     def _key(self, number: int) -> str:

@@ -97,6 +97,8 @@ ProvenanceOf = Callable[[ImageSpec, str], Provenance]
 class Writer:
     """Encodes and stores pictures in threads of its own. Use it in a `with` block: leaving by an exception abandons.
 
+    `on_written` is called by those threads after each picture; what it raises is logged.
+
     `seconds` sums the threads' time, `peak_pending_bytes` is the most that ever waited.
     """
 
@@ -211,7 +213,14 @@ class Writer:
                     self._waiting.clear()
                 self._changed.notify_all()
             if written is not None:
-                self._on_written()
+                self._tell()
+
+    def _tell(self) -> None:
+        """Call `on_written`; what it raises is its own trouble, the picture is stored."""
+        try:
+            self._on_written()
+        except Exception:
+            log.exception("what follows a stored picture failed")
 
     def _write(self, picture: Picture) -> Written:
         spec, pixels = picture.spec, picture.pixels

@@ -68,9 +68,10 @@ class _Task:
 
 
 class Renderer:
-    """One device's worker. `work` returns when it was retired and everything in hand has ended.
+    """One device's worker. `device` is torch's name of it, `device_name` what receipts call it.
 
-    A device that failed takes every later batch with it: `end_process` then ends this process, and another takes its place.
+    `work` returns when it was retired and everything in hand has ended. A device that failed takes every later batch
+    with it: `end_process` then ends this process, and another takes its place.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Renderer:
         name: str,
         incarnation: str,
         device: str,
+        device_name: str,
         vram_gib: float,
         ledger: Ledger,
         link: Link,
@@ -87,6 +89,7 @@ class Renderer:
         self.name = name
         self._incarnation = incarnation
         self._device = device
+        self._device_name = device_name
         self._vram_gib = vram_gib
         self._ledger = ledger
         self._link = link
@@ -169,7 +172,7 @@ class Renderer:
 
     async def _meet(self) -> None:
         held = tuple(task.lease for task in self._tasks.values() if not task.stop.is_set())
-        for token in await self._link.meet(Hello(self.name, self._incarnation, self._device, held)):
+        for token in await self._link.meet(Hello(self.name, self._incarnation, self._device_name, held)):
             self.drop(token)
 
     async def _beat(self) -> None:
@@ -298,7 +301,7 @@ class Renderer:
         plan = next((plan for plan in self._ledger.plans(lease.job) if plan.run == lease.run), None)
         if plan is None:
             raise RecordError(f"job {lease.job}: run {lease.run} is leased and has no plan; was the job deleted?")
-        return ShardRunner(self._ledger, plan, renderer=self.name, device=self._device)
+        return ShardRunner(self._ledger, plan, renderer=self.name, device=self._device_name)
 
     def _engine_for(self, plan: Plan) -> Engine:
         """The engine for a plan's model and numerics; called with the device held. Another model's leaves first."""

@@ -54,8 +54,9 @@ class Draft:
 class Submission:
     """A job's plan, and whether it was there before.
 
-    `numerics_differ`: what of this machine differs from the plan's numerics, as `torch: 2.13.0 -> 2.14.0`; rendering
-    the plan here would mix. `waiting_rows`: appended rows that wait until the run in hand has ended.
+    `numerics_differ`: what of this machine differs, as `torch: 2.13.0 -> 2.14.0`, from the plan's numerics, where rendering
+    the plan here would mix; of a run created for appended rows, from those of the run before it. `waiting_rows`: appended
+    rows that wait until the run in hand has ended.
     """
 
     plan: Plan
@@ -141,7 +142,7 @@ def submit(
         if finished:
             plan = _create(request, ledger, plans, now=now, bits=bits)
             if plan is not None:
-                return Submission(plan, "created")
+                return Submission(plan, "created", numerics_differences(newest.numerics, plan.numerics))
             return submit(request, ledger, now=now, append=append, bits=bits)
     if not finished:
         ledger.open(newest.job)

@@ -6,9 +6,10 @@ Objects that no row names (left by twins and interrupted shards) are counted and
 
 import hashlib
 import io
+import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,9 +22,12 @@ from farm.export import dataset_prefix, run_prefix
 from farm.ledger import Ledger
 from farm.plan import Plan
 from farm.prefetch import in_order
-from farm.receipt import ImageRow, Receipt
+from farm.prompts import PromptReader
+from farm.receipt import COLUMNS, ImageRow, Receipt
+from farm.yamlfile import shown
 
-SEEN_MASK = 2**64 - 1
+BLOCK_IMAGES = 1000
+SUM_MASK = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +88,13 @@ def verify(
     chosen = None
     if sample is not None and sample < plan.images:
         chosen = set(random.Random(seed).sample(range(plan.images), sample))
-    mark = _Mark()
+    sums = _BlockSums(plan.images)
     existing = 0
 
     def to_read() -> Iterator[ImageRow]:
-        for row in _effective_rows(ledger, plan, found):
+        for row in _effective_rows(ledger, plan, sums, found):
             result.rows += 1
-            mark.add(row.index, row.object, row.sha256)
+            sums.add(row.index, [getattr(row, name) for name in COLUMNS])
             if row.status == "failed":
                 result.failed += 1
             else:
@@ -107,26 +111,81 @@ def verify(
         progress(result)
     if result.rows != plan.images and not result.findings:
         found(Finding("rows", f"{result.rows} rows for {plan.images} images"))
-    _check_dataset(ledger, plan, result, mark, found)
+    _check_dataset(ledger, plan, result, sums, found)
     if chosen is None:
         stored = sum(1 for _ in ledger.store.list(f"{run_prefix(plan)}images/"))
         result.orphans = max(0, stored - existing)
     return result
 
 
-class _Mark:
-    """A sum over rows that does not depend on their order: two sets of rows with equal marks are equal."""
+class _BlockSums:
+    """Sums over whole rows, a block of images at a time, in any order: blocks with equal sums have equal rows."""
 
-    def __init__(self) -> None:
-        self.value = 0
+    def __init__(self, images: int):
+        self._images = images
+        blocks = -(-images // BLOCK_IMAGES)
+        self._sums = np.zeros(blocks, dtype=np.uint64)
+        self._rows = np.zeros(blocks, dtype=np.int64)
+        self._unknown = np.zeros(blocks, dtype=np.bool_)
 
-    def add(self, index: int, key: str | None, sha256: str | None) -> None:
-        text = f"{index}\0{key}\0{sha256}".encode()
-        self.value = (self.value + int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())) & SEEN_MASK
+    def add(self, index: int, values: Sequence[object]) -> None:
+        digest = hashlib.blake2b(json.dumps(values).encode(), digest_size=8).digest()
+        block = index // BLOCK_IMAGES
+        self._sums[block] = (int(self._sums[block]) + int.from_bytes(digest)) & SUM_MASK
+        self._rows[block] += 1
+
+    def give_up(self, indexes: Sequence[int]) -> None:
+        """Take out of the comparison what these images' rows should be."""
+        self._unknown[np.unique(np.asarray(indexes, dtype=np.int64) // BLOCK_IMAGES)] = True
+
+    def first_difference(self, other: "_BlockSums") -> range | None:
+        """Return the images of the first block that both have whole and that differs."""
+        comparable = ~self._unknown & (self._rows == other._rows)
+        differing = np.flatnonzero(comparable & (self._sums != other._sums))
+        if not len(differing):
+            return None
+        start = int(differing[0]) * BLOCK_IMAGES
+        return range(start, min(start + BLOCK_IMAGES, self._images))
 
 
-def _effective_rows(ledger: Ledger, plan: Plan, found: Report) -> Iterator[ImageRow]:
+class _Planned:
+    """What a receipt's rows should say, from the frozen prompts. Prompts that cannot be read are one finding."""
+
+    def __init__(self, ledger: Ledger, plan: Plan, found: Report):
+        self._plan = plan
+        self._prompts = PromptReader(plan, ledger)
+        self._found = found
+        self._readable = True
+
+    def check(self, rows: Sequence[ImageRow]) -> None:
+        for row in rows:
+            place, _, slot = self._plan.locate(row.index)
+            if row.seed != self._plan.seeds.seed(place, row.key, slot):
+                self._differs("seed", row, f"has seed {row.seed}, not the plan's")
+        if not self._readable:
+            return
+        try:
+            specs = self._prompts.specs([row.index for row in rows])
+        except (RecordError, ObjectMissingError) as exc:
+            self._readable = False
+            self._found(Finding("prompts_unreadable", f"the frozen prompts: {exc.message}"))
+            return
+        for row, spec in zip(rows, specs, strict=True):
+            if row.prompt != spec.prompt:
+                self._differs("prompt", row, f"has the prompt {shown(row.prompt)}, the plan {shown(spec.prompt)}")
+            if row.key != spec.key:
+                self._differs("key", row, f"has the key {shown(row.key)}, the plan {shown(spec.key)}")
+            for name, planned in spec.params:
+                if (value := getattr(row, name)) != planned:
+                    self._differs("params", row, f"has {name} {shown(value)}, the plan {shown(planned)}")
+
+    def _differs(self, kind: str, row: ImageRow, what: str) -> None:
+        self._found(Finding(kind, f"image {row.index} {what}", index=row.index))
+
+
+def _effective_rows(ledger: Ledger, plan: Plan, sums: _BlockSums, found: Report) -> Iterator[ImageRow]:
     """Yield each image's row of the latest pass that has one; report receipts that lack, or contradict the plan."""
+    planned = _Planned(ledger, plan, found)
     last = ledger.passes(plan)
     done = {number: ledger.done_shards(plan, number) for number in range(1, last + 1)}
     later = np.empty(0, dtype=np.int64)
@@ -134,11 +193,16 @@ def _effective_rows(ledger: Ledger, plan: Plan, found: Report) -> Iterator[Image
         missing = np.flatnonzero(~done[number])
         if len(missing):
             found(_missing_receipts(ledger, plan, number, missing))
+        # An earlier pass's row stands in for the one that lacks here; the dataset is right to have another.
+        for shard in missing if number > 1 else ():
+            sums.give_up(ledger.shard_indexes(plan, number, int(shard)))
         taken = []
         for shard in np.flatnonzero(done[number]):
             receipt = _read_receipt(ledger, plan, number, int(shard), found)
             if receipt is None:
+                sums.give_up(ledger.shard_indexes(plan, number, int(shard)))
                 continue
+            planned.check(receipt.rows)
             if number > 1:
                 taken.append(np.fromiter((row.index for row in receipt.rows), dtype=np.int64))
             for row in receipt.rows:
@@ -182,10 +246,6 @@ def _read_receipt(ledger: Ledger, plan: Plan, number: int, shard: int, found: Re
             )
         )
         return None
-    for row in receipt.rows:
-        place, _, slot = plan.locate(row.index)
-        if row.seed != plan.seeds.seed(place, row.key, slot):
-            found(Finding("seed", f"image {row.index} has seed {row.seed}, not the plan's", index=row.index))
     return receipt
 
 
@@ -199,6 +259,20 @@ class _Checked:
     exists: bool
     size_bytes: int
     findings: tuple[Finding, ...]
+
+
+def damaged_images(ledger: Ledger, plan: Plan, *, threads: int = 8) -> np.ndarray:
+    """Read every picture; return, ascending, the indexes of those that are missing or not what their rows say."""
+    found = (
+        row.index
+        for row, checked in in_order(
+            lambda row: (row, _check_picture(ledger, row)),
+            (row for row in ledger.rows(plan) if row.status == "ok"),
+            threads=threads,
+        )
+        if checked.findings
+    )
+    return np.fromiter(found, dtype=np.int64)
 
 
 def _check_picture(ledger: Ledger, row: ImageRow) -> _Checked:
@@ -234,33 +308,39 @@ def _check_picture(ledger: Ledger, row: ImageRow) -> _Checked:
     return _Checked(True, len(data), tuple(findings))
 
 
-def _check_dataset(ledger: Ledger, plan: Plan, result: Verification, rows: _Mark, found: Report) -> None:
-    """Each index exactly once, in order, and the rows those of the receipts."""
+def _check_dataset(ledger: Ledger, plan: Plan, result: Verification, rows: _BlockSums, found: Report) -> None:
+    """Each index exactly once, in order, and the rows those of the receipts, in all of the farm's columns."""
     number = ledger.passes(plan)
     if ledger.totals(plan, number) is None:
         if "receipt_missing" not in result.findings:
             found(Finding("dataset_missing", "all shards are done, the dataset is not written; farm render writes it"))
         return
-    mark = _Mark()
+    sums = _BlockSums(plan.images)
     expected = 0
     for info in ledger.store.list(dataset_prefix(plan)):
         try:
             part = pq.ParquetFile(io.BytesIO(ledger.store.get(info.key)))
-            batches = part.iter_batches(columns=["index", "object", "sha256"])
+            batches = part.iter_batches(columns=list(COLUMNS))
             for batch in batches:
                 for row in batch.to_pylist():
                     if row["index"] != expected:
                         message = f"{info.key}: image {row['index']} stands where {expected} should"
                         found(Finding("dataset_rows", message, index=row["index"]))
                         return
-                    mark.add(row["index"], row["object"], row["sha256"])
+                    if expected < plan.images:
+                        sums.add(expected, [row[name] for name in COLUMNS])
                     expected += 1
         except (OSError, ValueError, KeyError) as exc:
             found(Finding("dataset_unreadable", f"{info.key} does not read as Parquet: {exc}", object=info.key))
             return
     if expected != plan.images:
         found(Finding("dataset_rows", f"the dataset has {expected} rows for {plan.images} images"))
-    elif mark.value != rows.value and not result.findings:
+    elif (images := rows.first_difference(sums)) is not None:
         found(
-            Finding("dataset_rows", "the dataset's rows are not the receipts'; `farm verify --rewrite` writes it again")
+            Finding(
+                "dataset_rows",
+                f"the dataset's rows are not the receipts', the first among images {images.start} to {images.stop - 1}; "
+                "`farm verify --rewrite` writes it again",
+                index=images.start,
+            )
         )

@@ -63,7 +63,7 @@ def verify(
 
     for plan in ledger.plans(job):
         if rewrite:
-            finalise(ledger, plan, ledger.passes(plan))
+            finalise(ledger, plan, ledger.passes(plan), rewrite=True)
         with counting("verifying", min(sample or plan.images, plan.images), quiet=options.json) as counted:
             results.append(
                 verify_run(

@@ -62,6 +62,12 @@ def retry(
     render: Annotated[
         bool, typer.Option("--render/--no-render", help="Render them now, or only open the pass.")
     ] = True,
+    damaged: Annotated[
+        bool,
+        typer.Option(
+            "--damaged", help="Read every picture, and render again also what is missing or not as its row says."
+        ),
+    ] = False,
     renderers: Renderers = None,
 ) -> Exit:
     """Render the failed images of a job again.
@@ -69,7 +75,10 @@ def retry(
     They become a new pass, and what it renders takes the place of the failures. A job that is not done yet is gone on
     with first.
     """
+    import numpy as np
+
     from farm.status import is_cancelled
+    from farm.verify import damaged_images
 
     settings = options.settings(renderers=renderers)
     ledger = options.open_ledger(settings)
@@ -83,18 +92,20 @@ def retry(
         if ledger.totals(plan, number) is None:
             unfinished = True
             continue
-        failed = ledger.failed_indexes(plan)
-        if len(failed):
+        again = ledger.failed_indexes(plan)
+        if damaged:
+            again = np.union1d(again, damaged_images(ledger, plan))
+        if len(again):
             ledger.open(job)
-            ledger.open_pass(plan, number + 1, failed)
-            opened += len(failed)
+            ledger.open_pass(plan, number + 1, again)
+            opened += len(again)
     if not opened and not unfinished:
-        note(f"no image of {job} failed; there is nothing to render again")
+        note(f"no image of {job} {'failed or is damaged' if damaged else 'failed'}; there is nothing to render again")
         if options.json:
             print_json({"job": job, "reopened": 0})
         return Exit.OK
     if opened:
-        note(f"{count(opened, 'failed image')} of {job} will be rendered again")
+        note(f"{count(opened, 'image' if damaged else 'failed image')} of {job} will be rendered again")
     else:
         note(f"{job} is not done yet; it goes on, and failed images can be retried after it")
     if render:

@@ -4,15 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farm.cli.moment import now_iso
+from farm.cli.terminal import note
 from farm.errors import NumericsError
 
 if TYPE_CHECKING:
     from farm.ledger import Ledger
     from farm.settings import Settings
     from farm.submission import Request, Submission
-
-ENFORCED = frozenset({"device", "torch", "diffusers", "transformers"})
-"""Numerics that a renderer cannot take from the plan: it has them, or it must not render."""
 
 
 def read_request(manifest: Path, settings: "Settings") -> "Request":
@@ -28,11 +26,20 @@ def read_request(manifest: Path, settings: "Settings") -> "Request":
 
 def submit_request(request: "Request", ledger: "Ledger", *, append: bool) -> "Submission":
     """Create or find the job. Raises NumericsError where what is left of it would be rendered with other versions."""
+    from farm.devices import PACKAGES
     from farm.submission import submit
 
     submission = submit(request, ledger, now=now_iso(), append=append)
     plan = submission.plan
-    differ = [one for one in submission.numerics_differ if one.partition(":")[0] in ENFORCED]
+    if submission.outcome == "created" and submission.numerics_differ:
+        note(
+            f"note: the added rows are rendered with other numerics than the run before them: "
+            f"{'; '.join(submission.numerics_differ)}"
+        )
+        return submission
+    # A renderer has these or must not render; the rest it takes from the plan.
+    enforced = {"device", *PACKAGES}
+    differ = [one for one in submission.numerics_differ if one.partition(":")[0] in enforced]
     if differ and ledger.totals(plan) is None:
         raise NumericsError(
             f"job {plan.job} was planned with other numerics ({'; '.join(differ)}) and would mix pictures that differ; "

@@ -21,7 +21,7 @@ goes on. After all others every call fails until the process ends."""
 
 
 class Device:
-    """A torch device by name: cpu, cuda or cuda:N."""
+    """A torch device by name: cpu, cuda:N, or cuda, which is the one that torch uses by default."""
 
     def __init__(self, name: str, *, vram_gib: float):
         self.torch = torch.device(name)
@@ -32,6 +32,9 @@ class Device:
                 f"device {name} was asked for and torch {torch.__version__} finds no CUDA; install a CUDA build of "
                 f"torch and a driver, or plan the job for the CPU"
             )
+        if self.is_cuda and self.torch.index is None:
+            # Tensors say cuda:0 where cuda was asked for, and the two names are not equal.
+            self.torch = torch.device("cuda", torch.cuda.current_device())
 
     def limits(self) -> DeviceLimits:
         """Return what the device offers."""
@@ -103,12 +106,16 @@ class Part:
     def __init__(self, module: torch.nn.Module):
         self.module = module
         self._host = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
-        self._on: torch.device = torch.device("cpu")
+        self._on: torch.device | None = torch.device("cpu")
 
     def move(self, device: torch.device) -> None:
-        """Bring the weights to `device`; nothing happens where they are there already."""
+        """Bring the weights to `device`; nothing happens where they are there already.
+
+        A move that fails half way, for want of memory, is finished or undone by the next one.
+        """
         if device == self._on:
             return
+        self._on = None
         for tensor, host in self._host:
             tensor.data = host if device.type == "cpu" else host.to(device)
         self._on = device

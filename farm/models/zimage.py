@@ -66,6 +66,9 @@ class ZImageFamily:
             }
 
     def _needs(self, folder: Path) -> Needs:
+        """Estimate a step at the card's defaults and a decode at its limits: the engine is loaded before it sees a plan's
+        sizes and guidance. A plan that asks for more than the estimate has its batches halved, and fails nothing that fits
+        alone."""
         card, itemsize = self._card, self._dtype.itemsize
         gib = {name: part_bytes(card, folder, part, itemsize=itemsize) / GIB for name, part in PARTS.items()}
         megapixels = card.defaults.width * card.defaults.height / 2**20
@@ -149,13 +152,13 @@ class ZImageFamily:
         return tuple(-(-length // CAPTION_MULTIPLE) for length in lengths)
 
     def encode(self, tokens: Tokens) -> Embedding:
-        """Encode one prompt by itself: tokens x features, on the device, or on the host where the encoder leaves it."""
+        """Encode one prompt by itself: tokens x features, in host memory, so that kept ones take none of the device's."""
         with self._phase("encode", "encode a prompt"):
             ids = torch.tensor([tokens.ids], device=self._device.torch)
             hidden = self._text_encoder(
                 input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, use_cache=False
             ).hidden_states[-2][0]
-            states = hidden.cpu() if self.encodes_ahead else hidden.clone()
+            states = hidden.to("cpu", copy=True)
         return Embedding(states, states.nbytes)
 
     def noise(self, specs: Sequence[ImageSpec]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import boto3
@@ -31,7 +31,8 @@ Addressing = Literal["auto", "path", "virtual"]
 
 MULTIPART_BYTES = 16 * 1024 * 1024
 CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 60
+READ_TIMEOUT_S = 20
+BROKEN_OFF_S = 60.0  # a body that broke off is asked for again while the call is not older than this
 CONFLICT_TRIES = 8
 LOST_RACE_TRIES = 3  # Ceph's gateway answers 500 to those who lose a race of If-Match; asked again, 412
 WRITER = "farm-writer"
@@ -41,7 +42,9 @@ OCTETS = "application/octet-stream"
 class S3Store:
     """Objects below `prefix` in `bucket`. Safe with threads; a pickled or forked copy makes a client of its own.
 
-    `attempts` is how often one request is sent in all before the server counts as unavailable.
+    `attempts`: how often boto3 sends one request before the server counts as unavailable; with its pauses that takes
+    about two minutes where the server is silent, and seconds where nobody listens. Only a body that breaks off in the
+    middle of `get` is asked for again on top of that, as often at most, and not once a minute has passed.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class S3Store:
         region: str = "us-east-1",
         addressing: Addressing = "auto",
         attempts: int = 5,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.bucket = bucket
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
@@ -63,6 +67,7 @@ class S3Store:
         self._region = region
         self._addressing = addressing
         self._attempts = attempts
+        self._clock = clock
         self._translated = Translation(self.url, bucket, endpoint)
         self._conditions = True
         self._quoted = True
@@ -77,20 +82,22 @@ class S3Store:
         self._forget_clients()
 
     def get(self, key: str) -> bytes:
+        no_more = self._clock() + BROKEN_OFF_S
         for attempt in range(self._attempts):
             with self._translated(key):
                 try:
                     answer = self._client().get_object(Bucket=self.bucket, Key=self._key(key))
-                    data: bytes = answer["Body"].read()
-                    return data
                 except ClientError as exc:
                     if error_code(exc) in ("NoSuchKey", "404"):
                         raise ObjectMissingError(
                             f"{self.url}/{key} is not there; see whether the job or the object was removed"
                         ) from None
                     raise
+                try:
+                    data: bytes = answer["Body"].read()
+                    return data
                 except BROKEN_OFF:
-                    if attempt == self._attempts - 1:
+                    if attempt == self._attempts - 1 or self._clock() > no_more:
                         raise
             _wait(attempt)
         raise StoreUnavailableError(

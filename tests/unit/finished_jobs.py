@@ -14,6 +14,7 @@ from farm.modelcard import ModelCard, ParamOverrides, RenderParams, Source
 from farm.plan import Numerics, Plan, PromptTable, Scalar, SeedRule
 from farm.receipt import ImageRow, Receipt
 from farm.storage.local import LocalStore
+from farm.sweep import Template
 
 CARD = ModelCard(
     name="shapes",
@@ -43,7 +44,13 @@ def make_plan(
         created_at="2026-11-21T10:00:00+00:00",
         manifest=manifest,
         card=CARD,
-        prompts=PromptTable(rows=rows, parts=1, keyed=False, digest="0" * 64),
+        prompts=PromptTable(
+            rows=rows,
+            parts=0,
+            keyed=False,
+            digest="0" * 64,
+            template=Template(text="shape number {number}", vary={"number": tuple(str(row) for row in range(rows))}),
+        ),
         seeds=SeedRule(rule="slot", count=seeds),
         sweep=(ParamOverrides(),),
         params=CARD.defaults,

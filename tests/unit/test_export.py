@@ -56,7 +56,7 @@ def test_totals_sum_up_receipts_and_close_the_pass(tmp_path: Path) -> None:
 def test_finalising_twice_leaves_the_same_objects(tmp_path: Path) -> None:
     ledger, plan = make_job(tmp_path)
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
-    finalise(ledger, plan, 1)
+    finalise(ledger, plan, 1, rewrite=True)
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
 
 
@@ -73,6 +73,47 @@ def test_a_later_pass_replaces_the_rows_that_it_has(tmp_path: Path) -> None:
     assert totals.wall_seconds == 125.0 + 5.0
 
 
+def test_a_closed_pass_is_not_written_again_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, plan = make_job(tmp_path, failed={3})
+    ledger.open_pass(plan, 2, np.array([3]))
+    commit_shard(ledger, plan, 0, pass_number=2)
+    finalise(ledger, plan, 2)
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    monkeypatch.setattr(ledger.store, "put", lambda *args, **options: pytest.fail("something was written"))
+    assert finalise(ledger, plan, 1).failed == 1
+    assert finalise(ledger, plan, 1, rewrite=True).failed == 1
+    assert finalise(ledger, plan, 2).failed == 0
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+@pytest.mark.parametrize("late_at", ["dataset/part-00000.parquet", "dataset/part-00002.parquet", "sheet.png"])
+def test_who_finalises_too_late_does_not_overwrite_a_later_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late_at: str
+) -> None:
+    monkeypatch.setattr(export, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(export, "PART_ROWS", 4)
+    ledger, plan = make_job(tmp_path, shards=0)
+    for shard in range(plan.shards):
+        commit_shard(ledger, plan, shard, failed={0, 9})
+    swift = make_ledger(tmp_path)
+    real = ledger.store.put
+    after: list[dict[Path, bytes]] = []
+
+    def put(key: str, data: bytes, **options: str) -> None:
+        real(key, data, **options)
+        if key.endswith(late_at) and not after:
+            finalise(swift, plan, 1)
+            swift.open_pass(plan, 2, np.array([0, 9]))
+            commit_shard(swift, plan, 0, pass_number=2)
+            finalise(swift, plan, 2)
+            after.append({path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()})
+
+    monkeypatch.setattr(ledger.store, "put", put)
+    assert finalise(ledger, plan, 1).failed == 2
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == after[0]
+    assert read_dataset(swift, plan)["status"].to_pylist() == ["ok"] * 10
+
+
 def test_an_unfinished_pass_is_not_finalised(tmp_path: Path) -> None:
     ledger, plan = make_job(tmp_path, shards=2)
     with pytest.raises(ControlError, match=r"pass 1 lacks 1 of 3 receipts, the first that of shard 2; farm render"):
@@ -87,7 +128,7 @@ def test_the_dataset_is_cut_into_parts_and_stale_parts_go(tmp_path: Path, monkey
     ledger, plan = make_job(tmp_path)
     assert [key[-13:] for key in dataset_keys(ledger, plan)] == ["00000.parquet", "00001.parquet", "00002.parquet"]
     monkeypatch.setattr(export, "PART_ROWS", 100)
-    finalise(ledger, plan, 1)
+    finalise(ledger, plan, 1, rewrite=True)
     assert [key[-13:] for key in dataset_keys(ledger, plan)] == ["00000.parquet"]
     assert read_dataset(ledger, plan)["index"].to_pylist() == list(range(10))
 
@@ -150,3 +191,13 @@ def test_a_night_between_two_shards_is_no_part_of_the_wall_time(tmp_path: Path) 
         )
         assert ledger.commit(plan, receipt)
     assert finalise(ledger, plan, 1).wall_seconds == 14.0
+
+
+def test_the_measured_speed_is_kept_for_later_plans(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path, failed={3})
+    rows = [row for row in ledger.rows(plan) if row.status == "ok"]
+    profile = ledger.profile(plan.card.name, rows[0].device)
+    assert profile is not None
+    assert profile.images == 9
+    assert profile.seconds_per_image == pytest.approx(sum(row.seconds for row in rows) / 9)
+    assert (profile.width, profile.height, profile.num_inference_steps, profile.batch) == (64, 64, 4, 4)

@@ -196,6 +196,18 @@ def test_a_picture_that_cannot_be_encoded_spoils_no_other(tmp_path: Path) -> Non
     assert second.object is not None
 
 
+def test_what_fails_after_a_picture_is_stored_ends_no_thread(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def on_written() -> None:
+        raise RuntimeError("nobody listens")
+
+    with writer(LocalStore(tmp_path), threads=1, on_written=on_written) as out:
+        for index in range(3):
+            out.put(picture(index))
+        assert [file.spec.index for file in out.finish()] == [0, 1, 2]
+    assert caplog.messages == ["what follows a stored picture failed"] * 3
+    assert writer_threads() == []
+
+
 def test_flags_tell_black_and_constant_pictures() -> None:
     black, white = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)
     dot = white.copy()

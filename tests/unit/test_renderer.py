@@ -95,7 +95,9 @@ def ledger(tmp_path: Path, plan: Plan) -> Ledger:
 
 
 def make_renderer(ledger: Ledger, link: InProcess, name: str = "renderer-0") -> Renderer:
-    return Renderer(name=name, incarnation="i", device="cpu", vram_gib=16, ledger=ledger, link=link)
+    return Renderer(
+        name=name, incarnation="i", device="cpu", device_name="a CPU", vram_gib=16, ledger=ledger, link=link
+    )
 
 
 def slower(plan: Plan, *, steps: int) -> Plan:
@@ -206,7 +208,8 @@ def test_a_dropped_lease_ends_within_a_step_and_blames_nobody(ledger, plan):
         return bool(link.given_back)
 
     run_until(done, renderer)
-    assert {end.code for end in link.given_back} == {"cancelled"}
+    assert link.given_back[0].code == "cancelled"
+    assert {end.code for end in link.given_back} <= {"cancelled", "retired"}
     assert link.dispatch.progress(plan.job).state == "cancelled"
 
 
@@ -238,7 +241,14 @@ def test_a_device_that_failed_ends_the_process_after_the_lease_went_back(ledger,
     link = InProcess(ledger, plan.job)
     ended: list[int] = []
     renderer = Renderer(
-        name="a", incarnation="i", device="cpu", vram_gib=16, ledger=ledger, link=link, end_process=ended.append
+        name="a",
+        incarnation="i",
+        device="cpu",
+        device_name="a CPU",
+        vram_gib=16,
+        ledger=ledger,
+        link=link,
+        end_process=ended.append,
     )
     run_until(lambda: ended, renderer)
     assert link.given_back[0].code == "device_lost"

@@ -260,6 +260,23 @@ def test_other_versions_here_are_told_and_the_plan_keeps_its_own(bench: Bench) -
     assert again.numerics_differ == ("threads: 2 -> 7", f"torch: {first.plan.numerics.versions['torch']} -> 9.9")
 
 
+def test_packages_that_the_plan_does_not_name_count_for_nothing(bench: Bench) -> None:
+    first = bench.submit(INLINE)
+    here = first.plan.numerics.model_copy(update={"versions": {**first.plan.numerics.versions, "sharpening": "1"}})
+    assert submit(replace(bench.request(INLINE), numerics=here), bench.ledger, now=NOW).numerics_differ == ()
+
+
+def test_appended_rows_with_other_numerics_than_the_run_before_say_what_differs(bench: Bench) -> None:
+    bench.jsonl("a")
+    first = bench.submit(KEYED)
+    bench.finish(first.plan)
+    bench.jsonl("a", "b")
+    here = first.plan.numerics.model_copy(update={"dtype": "bfloat16"})
+    appended = submit(replace(bench.request(KEYED), numerics=here), bench.ledger, now=NOW, append=True)
+    assert (appended.outcome, appended.plan.numerics, appended.plan.appended_to) == ("created", here, first.plan.run)
+    assert appended.numerics_differ == ("dtype: float32 -> bfloat16",)
+
+
 def test_finished_job_is_not_opened_again(bench: Bench) -> None:
     bench.finish(bench.submit(INLINE).plan)
     assert bench.submit(INLINE).outcome == "resumed"

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ from PIL import Image
 from farm.errors import StoreUnavailableError
 from farm.export import finalise
 from farm.verify import Finding, Verification, verify
-from tests.unit.finished_jobs import commit_shard, make_job, picture_bytes
+from tests.unit import finished_jobs
+from tests.unit.finished_jobs import commit_shard, make_job, make_row, picture_bytes
 
 
 def verified(ledger, plan, **options) -> tuple[Verification, list[Finding]]:
@@ -117,18 +120,30 @@ def rewrite_dataset(ledger, plan, change) -> None:
     ledger.store.put(key, sink.getvalue().to_pybytes())
 
 
+NOT_THE_RECEIPTS = (
+    "the dataset's rows are not the receipts', the first among images 0 to 9; `farm verify --rewrite` writes it again"
+)
+
+
+def with_column(name: str, values: list) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        field = table.schema.field(name)
+        return table.set_column(table.schema.get_field_index(name), field, pa.array(values, type=field.type))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda table: table.slice(0, 9), "the dataset has 9 rows for 10 images"),
         (lambda table: pa.concat_tables([table.slice(0, 1), table]), "image 0 stands where 1 should"),
         (lambda table: table.take([0, 2, 1, *range(3, 10)]), "image 2 stands where 1 should"),
-        (
-            lambda table: table.set_column(
-                table.schema.get_field_index("sha256"), table.schema.field("sha256"), pa.array(["0" * 64] * 10)
-            ),
-            "the dataset's rows are not the receipts'; `farm verify --rewrite` writes it again",
-        ),
+        (lambda table: pa.concat_tables([table, table.slice(9, 1)]), "image 9 stands where 10 should"),
+        (with_column("sha256", ["0" * 64] * 10), NOT_THE_RECEIPTS),
+        (with_column("prompt", ["another"] + [f"shape number {i // 2}" for i in range(1, 10)]), NOT_THE_RECEIPTS),
+        (with_column("status", ["failed"] * 10), NOT_THE_RECEIPTS),
+        (with_column("guidance_scale", [2.5] * 9 + [2.0]), NOT_THE_RECEIPTS),
     ],
 )
 def test_a_dataset_that_is_not_the_receipts_rows_is_found(tmp_path: Path, change, message: str) -> None:
@@ -137,6 +152,58 @@ def test_a_dataset_that_is_not_the_receipts_rows_is_found(tmp_path: Path, change
     _, findings = verified(ledger, plan)
     assert [finding.kind for finding in findings] == ["dataset_rows"]
     assert message in findings[0].message
+
+
+def test_a_dataset_is_compared_whatever_else_is_found(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path)
+    picture_of(tmp_path, 4).unlink()
+    rewrite_dataset(ledger, plan, with_column("prompt", ["another"] * 10))
+    _, findings = verified(ledger, plan)
+    assert [finding.kind for finding in findings] == ["object_missing", "dataset_rows"]
+
+
+def test_a_dataset_is_not_blamed_for_a_receipt_of_a_later_pass_that_cannot_be_read(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path, failed={3, 7})
+    ledger.open_pass(plan, 2, np.array([3, 7]))
+    commit_shard(ledger, plan, 0, pass_number=2)
+    finalise(ledger, plan, 2)
+    next(tmp_path.rglob("receipts/0002/*0.parquet")).write_bytes(b"not parquet")
+    _, findings = verified(ledger, plan)
+    assert [finding.kind for finding in findings] == ["receipt_unreadable"]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"prompt": "shape number 9"}, "prompt", "has the prompt 'shape number 9', the plan 'shape number 2'"),
+        ({"key": "k"}, "key", "has the key 'k', the plan null"),
+        ({"num_inference_steps": 5}, "params", "has num_inference_steps 5, the plan 4"),
+        ({"seed": 1}, "seed", "has seed 1, not the plan's"),
+    ],
+)
+def test_a_receipt_that_is_not_of_the_plans_images_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], kind: str, message: str
+) -> None:
+    ledger, plan = make_job(tmp_path, shards=0)
+
+    def other_row(*args, **options):
+        row = make_row(*args, **options)
+        return replace(row, **change) if row.index == 5 else row
+
+    monkeypatch.setattr(finished_jobs, "make_row", other_row)
+    for shard in range(plan.shards):
+        commit_shard(ledger, plan, shard)
+    finalise(ledger, plan, 1)
+    _, findings = verified(ledger, plan)
+    assert [(finding.kind, finding.message) for finding in findings] == [(kind, f"image 5 {message}")]
+
+
+def test_prompts_that_cannot_be_read_are_one_finding(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path)
+    table = plan.prompts.model_copy(update={"template": None, "parts": 1})
+    _, findings = verified(ledger, plan.model_copy(update={"prompts": table}))
+    assert [finding.kind for finding in findings] == ["prompts_unreadable"]
+    assert "prompts/part-00000.parquet is not there" in findings[0].message
 
 
 def test_a_store_that_goes_away_is_an_error_and_no_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

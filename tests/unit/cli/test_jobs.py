@@ -112,6 +112,20 @@ def test_retry_of_a_job_without_failures_does_nothing(farm: Place, fake_farm: Fa
     assert fake_farm.opened == []
 
 
+def test_retry_of_damaged_images_finds_lost_and_cut_pictures_and_renders_them_again(
+    farm: Place, fake_farm: FakeFarm
+) -> None:
+    ledger, plan = make_job(farm.store, failed={3})
+    objects = {row.index: row.object for row in ledger.rows(plan)}
+    ledger.store.delete(objects[5])
+    ledger.store.put(objects[8], ledger.store.get(objects[8])[:-7])
+    ended = farm("retry", "shapes", "--damaged")
+    assert ended.code == 0
+    assert "3 images of shapes will be rendered again" in ended.err
+    assert ledger.pass_indexes(plan, 2).tolist() == [3, 5, 8]
+    assert farm("verify", "shapes").code == 0
+
+
 def test_cancel_is_written_once_and_shows_in_the_status(farm: Place) -> None:
     ledger, _ = make_job(farm.store, shards=1)
     ended = farm("cancel", "shapes")

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from farm.devices import numerics_for
 from farm.errors import FarmUnavailableError, OutOfMemoryError, StoreFullError
 from farm.storage.local import LocalStore
 from tests.unit.cli.conftest import FakeFarm, Place
@@ -91,6 +92,20 @@ def test_yes_takes_the_offer_of_added_rows(farm: Place, fake_farm: FakeFarm) -> 
     farm("render", keyed(farm, 3))
     assert farm("render", keyed(farm, 5), "--yes").code == 0
     assert len(farm.ledger.plans("shapes")) == 2
+
+
+def test_added_rows_with_other_numerics_than_the_run_before_are_noted(
+    farm: Place, fake_farm: FakeFarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    farm("render", keyed(farm, 3))
+    monkeypatch.setattr(
+        "farm.request.numerics_for",
+        lambda *args, **options: numerics_for(*args, **options).model_copy(update={"batch": 3}),
+    )
+    ended = farm("render", keyed(farm, 5), "--append")
+    assert ended.code == 0
+    first = farm.ledger.plans("shapes")[0].numerics.batch
+    assert f"rendered with other numerics than the run before them: batch: {first} -> 3\n" in ended.err
 
 
 def test_added_rows_wait_for_the_run_in_hand_and_follow_it(farm: Place, fake_farm: FakeFarm) -> None:

@@ -120,6 +120,12 @@ def test_decoding_equals_the_stock_pipeline_exactly(family: ZImageFamily, stock:
     assert decoded.pixels[0].flags["C_CONTIGUOUS"]
 
 
+def test_an_embedding_is_in_host_memory_and_holds_no_more_than_itself(family: ZImageFamily) -> None:
+    embedding = family.encode(family.tokenize("a red circle"))
+    assert embedding.states.device == torch.device("cpu")
+    assert embedding.states.untyped_storage().nbytes() == embedding.nbytes
+
+
 def test_an_embedding_does_not_depend_on_padding(family: ZImageFamily, stock: ZImagePipeline) -> None:
     ours = family.encode(family.tokenize("a red circle on the black background")).states
     padded, _ = stock.encode_prompt(

@@ -4,11 +4,14 @@ import pickle
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from botocore.exceptions import ConnectTimeoutError, EndpointConnectionError, ReadTimeoutError, ResponseStreamingError
 
-from farm.errors import StoreDeniedError, StoreError
+from farm.errors import StoreDeniedError, StoreError, StoreUnavailableError
 from farm.settings import Settings
+from farm.storage import s3
 from farm.storage.base import ObjectStore
 from farm.storage.opening import open_store
+from farm.storage.s3 import S3Store
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +80,71 @@ def test_a_copy_has_no_client_of_the_first() -> None:
     assert link is not None
     assert again is not None
     assert link.partition("?")[0] == again.partition("?")[0]
+
+
+class Body:
+    """An answer's body; breaks off where it has no data."""
+
+    def __init__(self, data: bytes | None):
+        self.data = data
+
+    def read(self) -> bytes:
+        if self.data is None:
+            raise ResponseStreamingError(error="connection broken")
+        return self.data
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, *answers: Body | Exception, clock: list[float] | None = None) -> S3Store:
+    """A store whose server gives these answers to `get`, each once; `clock` is what the time is at each look."""
+    ticks = iter(clock or [0.0] * 20)
+    store = S3Store("pictures", clock=lambda: next(ticks))
+    left = list(answers)
+
+    class Client:
+        def get_object(self, **_: str) -> dict[str, Body]:
+            answer = left.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return {"Body": answer}
+
+    monkeypatch.setattr(store, "_client", Client)
+    monkeypatch.setattr(s3, "_wait", lambda attempt: None)
+    store.left = left
+    return store
+
+
+def test_a_body_that_breaks_off_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert answering(monkeypatch, Body(None), Body(None), Body(b"whole")).get("k") == b"whole"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ReadTimeoutError(endpoint_url="http://h:9000"),
+        EndpointConnectionError(endpoint_url="http://h:9000"),
+        ConnectTimeoutError(endpoint_url="http://h:9000"),
+    ],
+)
+def test_what_boto3_has_tried_often_enough_is_not_tried_on_top(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    store = answering(monkeypatch, error, Body(b"too late"))
+    with pytest.raises(StoreUnavailableError, match="see that the server runs"):
+        store.get("k")
+    assert len(store.left) == 1
+
+
+def test_bodies_that_always_break_off_end_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = answering(monkeypatch, *[Body(None)] * 9)
+    with pytest.raises(StoreUnavailableError, match="connection broken"):
+        store.get("k")
+    assert len(store.left) == 4
+    slow = answering(monkeypatch, *[Body(None)] * 9, clock=[0.0, 30.0, 61.0])
+    with pytest.raises(StoreUnavailableError, match="connection broken"):
+        slow.get("k")
+    assert len(slow.left) == 7
+
+
+def test_a_silent_server_counts_as_unavailable_after_about_two_minutes() -> None:
+    config = S3Store("pictures", endpoint="http://h:9000")._client().meta.config
+    assert config.retries["total_max_attempts"] * (config.connect_timeout + config.read_timeout) == 125
