@@ -46,6 +46,16 @@ def test_a_cached_branch_needs_no_network(asked: list[str], tmp_path: Path) -> N
     assert asked == []
 
 
+def test_without_a_branch_the_one_cached_commit_will_do(asked: list[str], tmp_path: Path) -> None:
+    snapshots = tmp_path / "models--some--model" / "snapshots"
+    (snapshots / OTHER).mkdir(parents=True)
+    assert commit_of("z", "some/model", None) == OTHER
+    assert asked == []
+    (snapshots / ("e" * 40)).mkdir()
+    assert commit_of("z", "some/model", None) == COMMIT
+    assert asked == ["some/model@main"]
+
+
 def test_what_is_not_cached_is_asked_of_the_hub(asked: list[str]) -> None:
     hub = card().model_copy(update={"source": Source(hub="some/model")})
     assert pinned(hub).source == Source(hub="some/model", revision=COMMIT)
@@ -56,12 +66,11 @@ def test_without_cache_and_network_the_card_is_to_name_a_commit(asked: list[str]
     with pytest.raises(ModelCardError) as caught:
         commit_of("z", "some/model", "v2")
     assert caught.value.message == (
-        "model z: which commit some/model at revision v2 is can be told neither from the cache nor by the hub: the hub "
-        "does not answer; check the network, the id, the revision and HF_TOKEN, or name a commit as the card's "
-        "source.revision"
+        "model z: the commit of some/model at revision v2 is neither in the cache nor to be had from the hub: the hub does "
+        "not answer; check the network, the id, the revision and HF_TOKEN, or name a commit as the card's source.revision"
     )
 
 
 def test_a_name_that_is_no_hub_id_is_refused(asked: list[str]) -> None:
-    with pytest.raises(ModelCardError, match="model z: which commit not a hub id at revision main"):
+    with pytest.raises(ModelCardError, match="model z: the commit of not a hub id at revision main"):
         commit_of("z", "not a hub id", None)
