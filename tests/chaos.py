@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 
@@ -198,10 +199,10 @@ def disturb(command: Command, server: Server, kills: list[Kill], rng: random.Ran
 
 def stored(store_url: str, env: dict[str, str]) -> tuple[Plan, list[ImageRow]]:
     """The job's plan and its dataset's rows."""
-    os.environ.update(env)
-    ledger = Ledger(open_store(store_url, load_settings(store=store_url)))
-    plan = ledger.plan(JOB)
-    return plan, list(ledger.rows(plan))
+    with mock.patch.dict(os.environ, env):
+        ledger = Ledger(open_store(store_url, load_settings(store=store_url)))
+        plan = ledger.plan(JOB)
+        return plan, list(ledger.rows(plan))
 
 
 def audit(quiet: tuple[Plan, list[ImageRow]], disturbed: tuple[Plan, list[ImageRow]]) -> None:
