@@ -64,7 +64,7 @@ def numerics_for(card: ModelCard, *, device: DeviceInfo, renderers: int) -> Nume
         device=device.kind,
         dtype=dtypes[0],
         batch=card.batch.get(device.kind, 1),
-        threads=(card.cpu_threads or max(1, device.cores // renderers)) if device.kind == "cpu" else 1,
+        threads=max(1, device.cores // renderers) if device.kind == "cpu" else 1,
         versions={package: version(package) for package in PACKAGES},
     )
 

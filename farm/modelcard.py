@@ -82,9 +82,6 @@ class ModelCard(Card):
     licence: str
     dtypes: dict[Literal["cuda", "cpu"], tuple[Literal["float32", "bfloat16", "float16"], ...]]
     batch: dict[Literal["cuda", "cpu"], int] = Field(description="images per batch of one shape")
-    cpu_threads: int | None = Field(
-        default=None, gt=0, description="torch threads of a CPU renderer; the cores shared out where empty"
-    )
     defaults: RenderParams
     limits: SizeLimits = SizeLimits()
     max_steps: int = Field(default=200, gt=0)

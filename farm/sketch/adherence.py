@@ -1,7 +1,7 @@
 """Measure how often the model draws what prompts ask for, by steps and guidance.
 
-Prompts describe scenes that no training has seen (their seed is kept apart), each picture has its own seed, and
-`farm.sketch.judge` decides. Equal arguments give equal pictures on one machine.
+Prompts describe scenes from a seed that training does not use, each picture has its own seed, and `farm.sketch.judge`
+decides. Equal arguments give equal pictures on one machine.
 
     python -m farm.sketch.adherence --prompts 500 --steps 8 --guidance 2
     python -m farm.sketch.adherence --prompts 500 --steps 4 8 20 40 --guidance 0 1 2 3

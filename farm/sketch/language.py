@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from farm.sketch.drawing import COLOURS, RELATIONS, SHAPES, SIZES, Scene, Thing
+from farm.sketch.drawing import COLOURS, SHAPES, SIZES, Scene, Thing
 
 COUNTS = {"two": 2, "three": 3}
 _RELATION_WORDS = {"left": "left of", "right": "right of", "above": "above", "below": "below", "and": "left of"}
@@ -149,6 +149,3 @@ def _article(phrase: str) -> str:
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[int(rng.integers(len(options)))]
-
-
-assert set(_PHRASES) == set(RELATIONS)
