@@ -19,8 +19,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+os.environ.setdefault("RAY_worker_niceness", "0")
 
-# Ray reads these once, at its import. The last: no stack dump of its own when this process is asked to end.
+# Ray reads these once, at its import. The last two: no stack dump of its own when this process is asked to end; and
+# renderers at the priority of everything else, not below it.
 import psutil
 import ray
 from filelock import FileLock
@@ -29,7 +31,7 @@ from ray.exceptions import RayError, RayTaskError
 from actors.dispatcher import DispatcherActor
 from actors.names import DISPATCHER, NAMESPACE
 from farm import __version__
-from farm.devices import default_renderers, local_device
+from farm.devices import cores_each, default_renderers, local_device
 from farm.errors import FarmError, FarmUnavailableError, error_of
 from farm.run import JobProgress
 from farm.settings import Settings
@@ -193,7 +195,7 @@ def _join(settings: Settings, renderers: int | None, *, start: bool) -> Farm:
             raise FarmUnavailableError(f"no farm runs at {settings.address}; farm render starts one") from None
     gpus = int(ray.cluster_resources().get("GPU", 0))
     count = renderers or settings.renderers or gpus or 1
-    return Farm(_dispatcher(settings, count, gpu=gpus > 0, all_open=True), note=None)
+    return Farm(_dispatcher(settings, count, cores=1, gpu=gpus > 0, all_open=True), note=None)
 
 
 def _started(settings: Settings, note: Path, renderers: int | None) -> Farm:
@@ -209,7 +211,9 @@ def _started(settings: Settings, note: Path, renderers: int | None) -> Farm:
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
         )
-        dispatcher = _dispatcher(settings, count, gpu=bool(device.gpus), all_open=False)
+        dispatcher = _dispatcher(
+            settings, count, cores=cores_each(device, count), gpu=bool(device.gpus), all_open=False
+        )
         _write_note(note)
     except BaseException:
         ray.shutdown()
@@ -217,10 +221,16 @@ def _started(settings: Settings, note: Path, renderers: int | None) -> Farm:
     return Farm(dispatcher, note=note)
 
 
-def _dispatcher(settings: Settings, renderers: int, *, gpu: bool, all_open: bool) -> Any:
+def _dispatcher(settings: Settings, renderers: int, *, cores: int, gpu: bool, all_open: bool) -> Any:
     return DispatcherActor.options(  # type: ignore[attr-defined]
         name=DISPATCHER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
-    ).remote(settings.model_copy(update={"store": _absolute(settings.store)}), renderers, gpu=gpu, all_open=all_open)
+    ).remote(
+        settings.model_copy(update={"store": _absolute(settings.store)}),
+        renderers,
+        cores=cores,
+        gpu=gpu,
+        all_open=all_open,
+    )
 
 
 def _attach(dispatcher: Any, settings: Settings) -> Farm:

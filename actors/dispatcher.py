@@ -57,10 +57,11 @@ class DispatcherActor:
     about a job is in the store; leases, speeds and blame are forgotten by a crash, which costs time alone.
     """
 
-    def __init__(self, settings: Settings, renderers: int, *, gpu: bool, all_open: bool):
+    def __init__(self, settings: Settings, renderers: int, *, cores: int, gpu: bool, all_open: bool):
         log_to_stderr()
         self._settings = settings
         self._slots = renderers
+        self._cores = cores
         self._gpu = gpu
         self._all_open = all_open
         self._ledger = Ledger(open_store(settings.store, settings))
@@ -254,7 +255,7 @@ class DispatcherActor:
             num_cpus=0 if self._gpu else 1,
             max_restarts=0,
             get_if_exists=True,
-        ).remote(name, self._settings)
+        ).remote(name, self._settings, self._cores)
 
     async def _tick(self) -> None:
         while True:

@@ -71,7 +71,7 @@ class RendererActor:
     starts another in its slot. It never restarts by itself. `drop` and `retire` are safe to repeat.
     """
 
-    def __init__(self, name: str, settings: Settings):
+    def __init__(self, name: str, settings: Settings, cores: int):
         log_to_stderr()
         self._lock = _own_device(settings)
         self._renderer = Renderer(
@@ -79,6 +79,7 @@ class RendererActor:
             incarnation=uuid.uuid4().hex[:12],
             device="cuda:0" if self._lock else "cpu",
             device_name=local_device().name,
+            cores=cores,
             vram_gib=settings.vram_gib,
             ledger=Ledger(open_store(settings.store, settings)),
             link=DispatcherLink(),

@@ -64,9 +64,14 @@ def numerics_for(card: ModelCard, *, device: DeviceInfo, renderers: int) -> Nume
         device=device.kind,
         dtype=dtypes[0],
         batch=card.batch.get(device.kind, 1),
-        threads=max(1, device.cores // renderers) if device.kind == "cpu" else 1,
+        threads=(card.cpu_threads or cores_each(device, renderers)) if device.kind == "cpu" else 1,
         versions={package: version(package) for package in PACKAGES},
     )
+
+
+def cores_each(device: DeviceInfo, renderers: int) -> int:
+    """How many places a renderer has to render in: its share of the cores, or one on a GPU."""
+    return max(1, device.cores // renderers) if device.kind == "cpu" else 1
 
 
 def default_renderers(device: DeviceInfo) -> int:

@@ -82,6 +82,12 @@ class ModelCard(Card):
     licence: str
     dtypes: dict[Literal["cuda", "cpu"], tuple[Literal["float32", "bfloat16", "float16"], ...]]
     batch: dict[Literal["cuda", "cpu"], int] = Field(description="images per batch of one shape")
+    cpu_threads: int | None = Field(
+        default=None,
+        gt=0,
+        description="torch threads for a batch on the CPU, all the renderer's cores where empty; with fewer, it renders several "
+        "shards side by side, each with a copy of the model",
+    )
     defaults: RenderParams
     limits: SizeLimits = SizeLimits()
     max_steps: int = Field(default=200, gt=0)

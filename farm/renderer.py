@@ -1,8 +1,9 @@
 """What one renderer does: ask for leases, render them one at a time, store while the next one renders.
 
-Owns one device through one engine. The event loop asks, renews and answers; a thread renders; the writer's threads encode
-and upload. Knows nothing of Ray: the dispatcher is behind a `Link`. Nothing is done until its receipt is in the store, so
-every call to the dispatcher may fail, be repeated, or come too late, and nothing is lost by it.
+Owns one device. A GPU renders one shard at a time; a CPU as many side by side as the plan's threads leave cores for. The
+event loop asks, renews and answers; threads render; the writer's threads encode and upload. Knows nothing of Ray: the
+dispatcher is behind a `Link`. Nothing is done until its receipt is in the store, so every call to the dispatcher may
+fail, be repeated, or come too late, and nothing is lost by it.
 """
 
 import asyncio
@@ -29,8 +30,6 @@ T = TypeVar("T")
 
 CALL_AGAIN_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses before a call to a dispatcher that did not answer is made again; the last repeats."""
-LEASES_HELD = 2
-"""One on the device, one whose pictures are still being stored."""
 
 RUNNERS_KEPT = 4
 ANNOUNCE_S = 5.0
@@ -65,6 +64,53 @@ class _Task:
     stop: threading.Event = field(default_factory=threading.Event)
     progress: ShardProgress = field(default_factory=ShardProgress)
     asks_next: bool = False
+    cores: int = 0
+
+
+class Cores:
+    """What a device is shared out in: the cores of a CPU renderer, or the one place of a GPU."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self._free = total
+        self._changed = threading.Condition()
+
+    def take(self, count: int, *, timeout: float) -> bool:
+        """Take so many at once, or none; waits for `timeout` seconds."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._free >= count, timeout):
+                return False
+            self._free -= count
+            return True
+
+    def give_back(self, count: int) -> None:
+        """Let others have them."""
+        with self._changed:
+            self._free += count
+            self._changed.notify_all()
+
+
+class _Place:
+    """A shard's hold on its share of the device, and on the engine that it uses there; acquired and released as a lock."""
+
+    def __init__(self, cores: Cores, count: int, engine_back: Callable[[Engine], None]):
+        self._cores = cores
+        self._count = count
+        self._engine_back = engine_back
+        self._engine: Engine | None = None
+
+    def acquire(self, *, timeout: float) -> bool:
+        return self._cores.take(self._count, timeout=timeout)
+
+    def use(self, engine: Engine) -> Engine:
+        self._engine = engine
+        return engine
+
+    def release(self) -> None:
+        if self._engine is not None:
+            self._engine_back(self._engine)
+            self._engine = None
+        self._cores.give_back(self._count)
 
 
 class Renderer:
@@ -81,6 +127,7 @@ class Renderer:
         incarnation: str,
         device: str,
         device_name: str,
+        cores: int,
         vram_gib: float,
         ledger: Ledger,
         link: Link,
@@ -99,9 +146,11 @@ class Renderer:
         self._tasks: dict[str, _Task] = {}
         self._changed = asyncio.Event()
         self._retired = asyncio.Event()
-        self._threads = ThreadPoolExecutor(LEASES_HELD, thread_name_prefix="shard")
-        self._on_device = threading.Lock()
-        self._engine: Engine | None = None
+        self._threads = ThreadPoolExecutor(cores + 1, thread_name_prefix="shard")
+        self._cores = Cores(cores)
+        self._engines: list[Engine] = []
+        self._engines_lock = threading.Lock()
+        self._loaded_model: str | None = None
         self._runners: OrderedDict[str, ShardRunner] = OrderedDict()
         self._runners_lock = threading.Lock()
 
@@ -141,7 +190,9 @@ class Renderer:
     # The event loop's side
 
     def _has_room(self) -> bool:
-        return len(self._tasks) < LEASES_HELD and all(task.asks_next for task in self._tasks.values())
+        """One more shard than the device has room for: its prompts are read, and it starts when another's last batch ends."""
+        wanted = sum(task.cores or self._cores.total for task in self._tasks.values() if not task.asks_next)
+        return wanted < self._cores.total and len(self._tasks) <= self._cores.total
 
     async def _ask_unless_retired(self) -> Lease | None:
         """Ask for work; a question in flight when retired is dropped, and the lease it may bring is never reported."""
@@ -155,8 +206,7 @@ class Renderer:
         return asking.result()
 
     async def _ask(self) -> Lease | None:
-        engine = self._engine
-        question = Ask(self.name, self._incarnation, self._epoch, self._sequence, engine.card.name if engine else None)
+        question = Ask(self.name, self._incarnation, self._epoch, self._sequence, self._loaded_model)
         try:
             reply = await self._call(lambda: self._link.ask(question))
             self._sequence += 1
@@ -254,14 +304,17 @@ class Renderer:
             if progress.announce:
                 self._announce(task, loop)
 
+        task.cores = min(runner.plan.numerics.threads, self._cores.total)
+        loop.call_soon_threadsafe(self._changed.set)
+        place = _Place(self._cores, task.cores, self._engines_back)
         receipt = runner.run(
             pass_number=lease.pass_number,
             shard=lease.shard,
             attempt=lease.attempt,
             skip=lease.skip,
             alone=lease.alone,
-            engine=self._engine_for,
-            on_device=self._on_device,
+            engine=lambda plan: place.use(self._engine_for(plan)),
+            on_device=place,
             on_progress=on_progress,
             cancelled=task.stop.is_set,
         )
@@ -304,16 +357,25 @@ class Renderer:
         return ShardRunner(self._ledger, plan, renderer=self.name, device=self._device_name)
 
     def _engine_for(self, plan: Plan) -> Engine:
-        """The engine for a plan's model and numerics; called with the device held. Another model's leaves first."""
-        if self._engine and (self._engine.card, self._engine.numerics) == (plan.card, plan.numerics):
-            return self._engine
-        if self._engine:
-            self._engine.unload()
-            self._engine = None
-        engine = Engine(plan.card, plan.numerics, self._device, self._vram_gib)
-        engine.load()
-        self._engine = engine
-        return engine
+        """An engine for a plan's model and numerics, this shard's alone; called with its place on the device held.
+
+        Engines of other models leave first. A small model on several cores has an engine for each shard side by side.
+        """
+        with self._engines_lock:
+            for engine in self._engines:
+                if (engine.card, engine.numerics) == (plan.card, plan.numerics):
+                    self._engines.remove(engine)
+                    return engine
+            while self._engines:
+                self._engines.pop().unload()
+            engine = Engine(plan.card, plan.numerics, self._device, self._vram_gib)
+            engine.load()
+            self._loaded_model = plan.card.name
+            return engine
+
+    def _engines_back(self, engine: Engine) -> None:
+        with self._engines_lock:
+            self._engines.append(engine)
 
 
 def _report(task: _Task) -> Report:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 from farm import __version__
 from farm.engine import Batch, Engine, Picture, RenderStep
@@ -61,6 +61,16 @@ class ShardProgress:
 OnProgress = Callable[[ShardProgress], None]
 
 
+class Place(Protocol):
+    """A shard's place on the device, as a lock."""
+
+    def acquire(self, *, timeout: float) -> bool:
+        """Take it, or return False after `timeout` seconds."""
+
+    def release(self) -> None:
+        """Let the next shard have it."""
+
+
 class ShardRunner:
     """Renders shards of one plan, from several threads at once. `device` is what receipts call it."""
 
@@ -91,7 +101,7 @@ class ShardRunner:
         shard: int,
         attempt: int,
         engine: Callable[[Plan], Engine],
-        on_device: threading.Lock,
+        on_device: Place,
         skip: frozenset[int] = frozenset(),
         alone: frozenset[int] = frozenset(),
         on_progress: OnProgress = lambda progress: None,
@@ -401,7 +411,7 @@ class _Drawing:
             self._on_progress(self._progress)
 
 
-def _acquire(lock: threading.Lock, cancelled: Callable[[], bool]) -> None:
+def _acquire(lock: Place, cancelled: Callable[[], bool]) -> None:
     while not lock.acquire(timeout=WAKE_S):
         if cancelled():
             raise CancelledError("the shard was taken away while it waited for the device")

@@ -19,6 +19,8 @@ def on(*gpus: Gpu) -> DeviceInfo:
 def test_cpu_renderers_share_the_cores():
     assert numerics_for(CARD, device=on(), renderers=2).threads == 4
     assert numerics_for(CARD, device=on(), renderers=100).threads == 1
+    frugal = CARD.model_copy(update={"cpu_threads": 1})
+    assert numerics_for(frugal, device=on(), renderers=2).threads == 1
 
 
 def test_a_gpu_without_native_bfloat16_is_refused_a_model_that_is_sound_in_nothing_else():

@@ -13,7 +13,7 @@ from farm.lease import Ask, Beat, Completion, GiveBack, Hello, Lease, Renewal, R
 from farm.ledger import Ledger, Totals
 from farm.plan import Plan, PromptTable
 from farm.rebuild import open_runs
-from farm.renderer import Renderer
+from farm.renderer import Cores, Renderer
 from farm.storage.local import LocalStore
 from farm.sweep import Template
 from tests.unit.finished_jobs import make_plan
@@ -96,7 +96,7 @@ def ledger(tmp_path: Path, plan: Plan) -> Ledger:
 
 def make_renderer(ledger: Ledger, link: InProcess, name: str = "renderer-0") -> Renderer:
     return Renderer(
-        name=name, incarnation="i", device="cpu", device_name="a CPU", vram_gib=16, ledger=ledger, link=link
+        name=name, incarnation="i", device="cpu", device_name="a CPU", cores=1, vram_gib=16, ledger=ledger, link=link
     )
 
 
@@ -134,6 +134,34 @@ def test_a_job_is_rendered_finalised_and_known_as_done(ledger, plan):
     assert ledger.totals(plan).ok == 16
     assert [lease.task for lease in link.completed] == ["render"] * 4 + ["finalise"]
     assert link.given_back == []
+
+
+def test_a_small_model_is_rendered_on_several_cores_side_by_side(ledger, plan):
+    link = InProcess(ledger, plan.job)
+    renderer = Renderer(
+        name="a", incarnation="i", device="cpu", device_name="a CPU", cores=3, vram_gib=16, ledger=ledger, link=link
+    )
+    most = 0
+
+    def done() -> bool:
+        nonlocal most
+        most = max(most, sum(bool(task.progress.in_hand) for task in list(renderer._tasks.values())))
+        return link.dispatch.progress(plan.job).state == "done"
+
+    run_until(done, renderer)
+    assert most >= 2
+    assert len(renderer._engines) <= 3
+    assert ledger.totals(plan).ok == 16
+
+
+def test_cores_are_taken_all_at_once_or_not_at_all():
+    cores = Cores(2)
+    assert cores.take(1, timeout=0)
+    assert not cores.take(2, timeout=0.01)
+    assert cores.take(1, timeout=0)
+    cores.give_back(1)
+    cores.give_back(1)
+    assert cores.take(2, timeout=0)
 
 
 def test_two_renderers_share_a_job(ledger, plan):
@@ -245,6 +273,7 @@ def test_a_device_that_failed_ends_the_process_after_the_lease_went_back(ledger,
         incarnation="i",
         device="cpu",
         device_name="a CPU",
+        cores=1,
         vram_gib=16,
         ledger=ledger,
         link=link,
