@@ -2,7 +2,9 @@
 
 All three write one PNG per image into a folder on the same disk: same prompts, steps, guidance and batch. The floor is
 the denoiser: what a contender adds to it (encoding the same negative prompt again, PNG on the render thread, waiting
-between batches) is what is compared. The farm also hashes every picture, writes provenance into it and keeps receipts.
+between batches) is what is compared. Torch uses every core in the plain loop; Ray gives an actor of one CPU one thread,
+so Ray Data runs with two as well. The farm's one renderer uses all cores for whole batches side by side. The farm also
+hashes every picture, writes provenance into it and keeps receipts.
 
 Images per second are counted from the files' own times, after the first batch, so that starting up is not in them; the
 whole command's seconds stand beside. Medians over the rounds; ratios are to the loop of the same round, since the machine
@@ -24,7 +26,7 @@ from farm.settings import load_settings
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "white", "black", "cyan")
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond")
-CONTENDERS = ("loop", "loop, 1 thread", "ray-data", "farm")
+CONTENDERS = ("loop", "loop, 1 thread", "ray-data", "ray-data, 2 threads", "farm")
 
 
 class Measured(TypedDict):
