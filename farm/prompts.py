@@ -63,9 +63,6 @@ def freeze(
     if isinstance(manifest.prompts, PromptTemplate):
         return _freeze_template(read_template(manifest.prompts, root=root, open_store=open_store))
     every = [merged(params, point) for point in points]
-    if "jemalloc" in pa.supported_memory_backends():
-        # It gives memory back sooner than Arrow's default: 278 against 301 MB at the peak of ten million captions.
-        pa.set_memory_pool(pa.jemalloc_memory_pool())
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompt-parts") as pool:
         writer = _PartWriter(sink, pool, keyed=manifest.keyed)
         for _, table in _tables(manifest, card=card, params=every, open_store=open_store):
