@@ -6,6 +6,7 @@ to it. It ends with the process that started it, whatever ends that: Ray's own p
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 import socket
@@ -35,6 +36,8 @@ from farm.devices import cores_each, default_renderers, local_device
 from farm.errors import FarmError, FarmUnavailableError, error_of
 from farm.run import JobProgress
 from farm.settings import Settings
+
+log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 * 1024**2
 """Pictures never pass through Ray's object store; this holds calls alone."""
@@ -69,7 +72,7 @@ class Farm:
             if self.started_here:
                 ray.get(self._dispatcher.stop.remote(), timeout=ANSWER_S)
         except RayError:
-            pass  # it is gone already, and so is what it would have stopped
+            log.info("the farm was gone before it was stopped")
         finally:
             ray.shutdown()
             if self._note is not None:

@@ -97,6 +97,7 @@ def export(
         tokenizer=build_tokenizer(),
         transformer=transformer.to(torch.bfloat16),
     )
+    pipeline.vae.register_to_config(_name_or_path="")  # else the folder that it was trained in is written down
     pipeline.save_pretrained(folder, safe_serialization=True)
     # The libraries write weights readable by their owner alone, which an installed package cannot use.
     for weights in folder.rglob("*.safetensors"):
