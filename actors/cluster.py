@@ -161,16 +161,25 @@ def open_farm(settings: Settings, *, renderers: int | None = None, start: bool =
 
     Raises FarmUnavailableError when there is none and `start` is false, or when Ray does not start.
     """
-    if settings.address:
-        return _join(settings, renderers, start=start)
-    note = _note(settings)
-    with FileLock(note.with_suffix(".lock")):
-        farm = _found(settings, note)
-        if farm is not None:
-            return farm
-        if not start:
-            raise FarmUnavailableError(f"no farm runs on this machine for {settings.store}; farm render starts one")
-        return _started(settings, note, renderers)
+    try:
+        if settings.address:
+            return _join(settings, renderers, start=start)
+        note = _note(settings)
+        with FileLock(note.with_suffix(".lock")):
+            farm = _found(settings, note)
+            if farm is not None:
+                return farm
+            if not start:
+                raise FarmUnavailableError(f"no farm runs on this machine for {settings.store}; farm render starts one")
+            return _started(settings, note, renderers)
+    except FarmError:
+        raise
+    except Exception as exc:
+        # Ray has no root of its errors here: a node that does not come up is a bare Exception.
+        ray.shutdown()
+        raise FarmUnavailableError(
+            f"Ray does not start or answer: {' '.join(str(exc).split())}; run the command again, or farm doctor"
+        ) from exc
 
 
 def _found(settings: Settings, note: Path) -> Farm | None:
@@ -181,7 +190,7 @@ def _found(settings: Settings, note: Path) -> Farm | None:
     try:
         _init(address=address)
         return _attach(ray.get_actor(DISPATCHER, NAMESPACE), settings)
-    except (FarmUnavailableError, ValueError):
+    except (FarmUnavailableError, RayError, ConnectionError, RuntimeError, ValueError):
         ray.shutdown()
         if _address(note) is not None:
             raise
@@ -249,10 +258,7 @@ def _attach(dispatcher: Any, settings: Settings) -> Farm:
 
 
 def _init(**options: Any) -> None:
-    try:
-        ray.init(namespace=NAMESPACE, log_to_driver=False, configure_logging=False, **options)
-    except (RayError, ConnectionError, RuntimeError, OSError, ValueError) as exc:
-        raise FarmUnavailableError(f"Ray does not start or answer: {exc}; farm doctor looks into it") from exc
+    ray.init(namespace=NAMESPACE, log_to_driver=False, configure_logging=False, **options)
 
 
 def _absolute(store: str) -> str:

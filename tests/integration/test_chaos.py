@@ -1,7 +1,9 @@
-"""A short round of `tests.chaos`: one of each kind of process is killed while a small job is rendered into S3."""
+"""A short round of `tests.chaos`: one of each kind of process is killed while a small job is rendered into S3.
+
+`CHAOS_SEED` draws another order and other moments; `make chaos` draws its own and kills more.
+"""
 
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,6 @@ from tests.chaos import KINDS, run
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_nothing_is_lost_whatever_is_killed(tmp_path: Path, s3_server: object) -> None:
-    seed = int(os.environ.get("CHAOS_SEED") or random.SystemRandom().randrange(10**6))
-    print(f"again with CHAOS_SEED={seed}")
+    seed = int(os.environ.get("CHAOS_SEED", "1"))
     happened = run(seed=seed, kills=len(KINDS), images=96, renderers=1, steps=4, folder=tmp_path)
     assert sorted(happened["killed"]) == sorted(KINDS)
