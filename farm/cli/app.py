@@ -1,9 +1,11 @@
 """The `farm` command: its groups of commands put together, and how it starts and ends."""
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -40,6 +42,26 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+def run() -> NoReturn:
+    """Run the command line and end this process with its exit code.
+
+    Past this point nothing of ours is left to do, and native libraries have threads of their own: Ray's or Arrow's may
+    abort the interpreter while it takes itself down, which would turn a command that ended well into a crash. So it is
+    not taken down.
+    """
+    code = int(Exit.UNEXPECTED)
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = int(Exit.INTERRUPTED)
+    except Exception as error:  # noqa: BLE001  the hook is Python's own, or ours of one line
+        sys.excepthook(type(error), error, error.__traceback__)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # its reader has gone, or it was closed
+            stream.flush()
+    os._exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

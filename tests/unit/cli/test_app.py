@@ -132,6 +132,13 @@ def test_an_error_that_should_not_be_is_one_line_and_code_1() -> None:
     assert "Traceback (most recent call last)" in loud.stderr
 
 
+def test_what_aborts_while_the_interpreter_is_taken_down_changes_no_exit_code() -> None:
+    code = "import atexit, os; from farm.cli import app; atexit.register(os.abort); app.run()"
+    ended = python("-c", code, "--version")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"farm {__version__}\n", "")
+    assert python("-c", code, "rendre").returncode == 2
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     code = (
         "import os, sys, farm.cli.app as app\n"
