@@ -8,21 +8,24 @@ and never truth.
 import heapq
 from dataclasses import dataclass, field, replace
 
-from farm.lease import CONFIRM_S, LEASE_S, Ask, Beat, Completion, GiveBack, Hello, Lease, Renewal, Reply, Report
+from farm.lease import (
+    CONFIRM_S,
+    LEASE_S,
+    STAGE_LIMIT_S,
+    Ask,
+    Beat,
+    Completion,
+    GiveBack,
+    Hello,
+    Lease,
+    Renewal,
+    Reply,
+    Report,
+)
 from farm.queue import Waiting, next_job
 from farm.retry import FINALISE_DEATHS_BEFORE_STALL, IDLE_DEATHS_BEFORE_STALL, Blame, after_failure
 from farm.run import FINALISE, JobProgress, RunEntry, RunState
 
-STAGE_LIMIT_S = {
-    "waiting": 3600.0,
-    "load": 1800.0,
-    "encode": 300.0,
-    "denoise": 600.0,
-    "decode": 300.0,
-    "write": 600.0,
-    "finalise": 3600.0,
-}
-"""Seconds without progress after which a lease expires though its renderer still answers."""
 RATE_WINDOW_S = 30.0
 """Span of the measured images per second."""
 PAUSE_S = 5.0

@@ -14,13 +14,34 @@ POLL_S = 10.0
 
 Stage = Literal["waiting", "load", "encode", "denoise", "decode", "write", "finalise"]
 
+STAGE_LIMIT_S: dict[Stage, float] = {
+    "waiting": 3600.0,
+    "load": 1800.0,
+    "encode": 300.0,
+    "denoise": 600.0,
+    "decode": 300.0,
+    "write": 600.0,
+    "finalise": 3600.0,
+}
+"""Seconds without progress after which a renderer counts as stuck and ends its own process."""
+STUCK_GRACE_S = 30.0
+"""How much later the dispatcher gives up a renderer that is stuck and could not even end itself."""
+BEATS_PER_S = 200.0
+"""Beats that the dispatcher wishes to hear at most; with more renderers each reports less often."""
+
+
+def beat_s(renderers: int) -> float:
+    """Return the pause between one renderer's beats in a farm of so many: a third of a lease at most."""
+    return min(max(RENEW_S, renderers / BEATS_PER_S), LEASE_S / 3)
+
 
 @dataclass(frozen=True, slots=True)
 class Lease:
     """A renderer's temporary right to one shard of a run's pass, or to finalise the pass.
 
     `alone`: indexes to render one at a time, outside their batch. `skip`: indexes that ended every renderer that tried
-    them; they become failed rows. `images`: how many images the shard has.
+    them; they become failed rows. `images`: how many images the shard has. `twin`: another renderer is at this shard too,
+    and slow: whichever receipt is first counts.
     """
 
     token: str
@@ -33,6 +54,7 @@ class Lease:
     attempt: int
     alone: frozenset[int] = frozenset()
     skip: frozenset[int] = frozenset()
+    twin: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +82,8 @@ class Ask:
 class Report:
     """Where one lease stands. `ticks` counts steps and finished pictures: it only grows while there is progress.
 
-    `fraction`: share of the shard's work done, 0..1. `in_hand`: indexes of the batch on the device at this moment.
+    `fraction`: share of the shard's work done, 0..1. `in_hand`: indexes of the batch on the device at this moment. A lease
+    in stage `waiting` has not begun and may be revoked.
     """
 
     token: str
@@ -86,11 +109,15 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """The answer to a beat: tokens to drop. `meet`: say hello first; nothing is to be dropped before that."""
+    """The answer to a beat: tokens to drop, and seconds until the next beat.
+
+    `meet`: say hello first; nothing is to be dropped before that.
+    """
 
     epoch: str
     gone: tuple[str, ...] = ()
     meet: bool = False
+    every_s: float = RENEW_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +133,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class GiveBack:
-    """A lease's other end. `code` and `message` are those of the error; `cancelled` and `retired` blame nobody."""
+    """A lease's other end. `code` and `message` are those of the error.
+
+    `cancelled`, `retired` and `revoked` (asked back before it had begun) blame nobody.
+    """
 
     lease: Lease
     renderer: str
@@ -124,3 +154,50 @@ class Reply:
     epoch: str
     lease: Lease | None = None
     meet: bool = False
+
+
+# What the dispatcher's rules ask of the process around them.
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Tell a renderer to stop working on a lease, within a denoising step."""
+
+    renderer: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    """Ask a renderer to give a lease back (`revoked`) if it has not begun with it."""
+
+    renderer: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """End a renderer's process: nothing was heard of it (`silent`), or nothing progresses there (`stuck`)."""
+
+    renderer: str
+    why: Literal["silent", "stuck"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Find out whether a shard that came back has a receipt after all, and tell `Dispatch.checked`."""
+
+    job: str
+    run: str
+    pass_number: int
+    shard: int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Read a job from the ledger again, and tell `Dispatch.take_up`."""
+
+    job: str
+
+
+Effect = Drop | Revoke | End | Check | Read

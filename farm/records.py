@@ -3,7 +3,9 @@
 Each carries the version that wrote it; one from a newer farm is refused, never guessed at.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -31,13 +33,52 @@ class Record(BaseModel):
         return data
 
 
+Action = Literal["pause", "resume", "cancel", "approve", "change"]
+
+
 class Control(Record):
-    """What somebody said to a job. The highest `seq` counts."""
+    """What somebody said to a job. Of `pause`, `resume` and `cancel` the last counts; of each changed value the last."""
 
     seq: int = Field(ge=1)
-    action: str = Field(description="cancel, …")
+    action: Action
     at: str = Field(description="ISO 8601, UTC")
     by: str
+    priority: int | None = Field(default=None, ge=0, le=100, description="changed to")
+    max_images: int | None = Field(default=None, gt=0, description="changed to")
+    gpu_hours: float | None = Field(default=None, gt=0, description="changed to")
+    finish_by: str | None = Field(default=None, description="changed to; ISO 8601 with an offset")
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What all that was said to a job comes to; None where the manifest's own value stands."""
+
+    state: Literal["open", "paused", "cancelled"] = "open"
+    approved: bool = False
+    priority: int | None = None
+    max_images: int | None = None
+    gpu_hours: float | None = None
+    finish_by: str | None = None
+
+
+def standing(controls: Iterable[Control]) -> Standing:
+    """Fold a job's controls, in their order."""
+    found = Standing()
+    for control in controls:
+        match control.action:
+            case "pause":
+                found = replace(found, state="paused")
+            case "cancel":
+                found = replace(found, state="cancelled")
+            case "resume":
+                found = replace(found, state="open")
+            case "approve":
+                found = replace(found, approved=True)
+            case "change":
+                fields = ("priority", "max_images", "gpu_hours", "finish_by")
+                given = {name: getattr(control, name) for name in fields if getattr(control, name) is not None}
+                found = replace(found, **given)
+    return found
 
 
 class Totals(Record):

@@ -6,6 +6,7 @@ Bookkeeping alone: who gets a shard, and what follows a failure, is decided in `
 import heapq
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,28 @@ class RunEntry:
     created_at: str
     done: NDArray[np.bool_]
     failed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A job as read from the ledger: what was said to it, and each of its runs' open pass.
+
+    `runs` is empty where every pass is closed: the job is done, or a closed pilot `awaits_approval`. `max_images`,
+    `max_gpu_s` and `finish_by` (Unix seconds) limit the whole job. `images_before` and `gpu_s_before`: what its receipts
+    come to, those of closed passes too; read only where there is such a limit, else 0.
+    """
+
+    job: str
+    owner: str = ""
+    priority: int = 50
+    state: Literal["open", "paused", "cancelled", "deleted"] = "open"
+    awaits_approval: bool = False
+    max_images: int | None = None
+    max_gpu_s: float | None = None
+    finish_by: float | None = None
+    images_before: int = 0
+    gpu_s_before: float = 0.0
+    runs: tuple[RunEntry, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
