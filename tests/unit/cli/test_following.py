@@ -64,13 +64,16 @@ def test_following_ends_with_the_job_and_tells_each_new_message_once(capsys: pyt
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_ways_to_stop_end_in_good_order_too(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with interruptible() as take_signals:
-        signal.signal(number, signal.SIG_IGN)  # as a library does that wants the signal for itself
-        take_signals()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(number)
-    assert signal.getsignal(number) is before
+    found = signal.signal(number, signal.default_int_handler)  # under nohup it would be ignored, and stay so
+    try:
+        with interruptible() as take_signals:
+            signal.signal(number, signal.SIG_IGN)  # as a library does that wants the signal for itself
+            take_signals()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, found)
 
 
 def test_a_signal_that_was_ignored_stays_ignored() -> None:
