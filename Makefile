@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CHAOS ?= --round all
 
 .PHONY: install demo test check bench chaos clean
 
@@ -33,7 +34,7 @@ bench: install
 
 chaos: install
 	infra/s3/ceph.sh install
-	$(BIN)/python -m tests.chaos
+	$(BIN)/python -m tests.chaos $(CHAOS)
 
 clean:
 	rm -rf $(VENV) farm-data

@@ -12,6 +12,7 @@ import secrets
 import socket
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +30,7 @@ import ray
 from filelock import FileLock
 from ray.exceptions import RayError, RayTaskError
 
+from actors.daemons import Daemons
 from actors.dispatcher import DispatcherActor
 from actors.names import DISPATCHER, NAMESPACE
 from farm import __version__
@@ -52,9 +54,10 @@ CLOCK_S = 2.0
 class Farm:
     """A handle on the live farm. Leaving the context stops the farm if this process started it."""
 
-    def __init__(self, dispatcher: Any, *, note: Path | None):
+    def __init__(self, dispatcher: Any, *, note: Path | None, daemons: Daemons | None = None):
         self._dispatcher = dispatcher
         self._note = note
+        self._daemons = daemons or Daemons()
         self._control_store = _ControlStore(ray.get_runtime_context().gcs_address)
 
     @property
@@ -87,6 +90,7 @@ class Farm:
 
         Raises what stalled it, under its own code, or FarmUnavailableError.
         """
+        self._daemons.check()
         self._control_store.check()
         progress, trouble = self._call("progress", job)
         if progress is None:
@@ -123,6 +127,7 @@ class Farm:
             except RayError as exc:
                 failure = exc
                 for _ in range(CONTROL_STORE_REFUSALS):
+                    self._daemons.check()
                     self._control_store.check(now=True)
                     time.sleep(0.5)
         raise FarmUnavailableError(
@@ -156,9 +161,16 @@ class _ControlStore:
                 ) from exc
 
 
-def open_farm(settings: Settings, *, renderers: int | None = None, start: bool = True) -> Farm:
+def open_farm(
+    settings: Settings,
+    *,
+    renderers: int | None = None,
+    start: bool = True,
+    give_up: Callable[[FarmUnavailableError], object] | None = None,
+) -> Farm:
     """Attach to the farm on this machine or at `settings.address` that serves the same store, or start one here.
 
+    `give_up` is called in a thread where Ray dies while it starts and never comes back from that; it should end the process.
     Raises FarmUnavailableError when there is none and `start` is false, or when Ray does not start.
     """
     try:
@@ -171,7 +183,7 @@ def open_farm(settings: Settings, *, renderers: int | None = None, start: bool =
                 return farm
             if not start:
                 raise FarmUnavailableError(f"no farm runs on this machine for {settings.store}; farm render starts one")
-            return _started(settings, note, renderers)
+            return _started(settings, note, renderers, give_up)
     except FarmError:
         raise
     except Exception as exc:
@@ -207,33 +219,39 @@ def _join(settings: Settings, renderers: int | None, *, start: bool) -> Farm:
             raise FarmUnavailableError(f"no farm runs at {settings.address}; farm render starts one") from None
     gpus = int(ray.cluster_resources().get("GPU", 0))
     count = renderers or settings.renderers or gpus or 1
-    return Farm(_dispatcher(settings, count, cores=1, gpu=gpus > 0, all_open=True), note=None)
+    return Farm(_dispatcher(settings, count, cores=1, gpu=gpus > 0, all_open=True, pid=0), note=None)
 
 
-def _started(settings: Settings, note: Path, renderers: int | None) -> Farm:
+def _started(
+    settings: Settings,
+    note: Path,
+    renderers: int | None,
+    give_up: Callable[[FarmUnavailableError], object] | None,
+) -> Farm:
     """Start Ray and a farm on this machine."""
     device = local_device()
     count = renderers or settings.renderers or default_renderers(device)
     _write_token()
     try:
-        _init(
-            address="local",
-            num_cpus=count + 1,
-            num_gpus=len(device.gpus),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-        )
-        dispatcher = _dispatcher(
-            settings, count, cores=cores_each(device, count), gpu=bool(device.gpus), all_open=False
-        )
+        with Daemons(give_up) as daemons:
+            _init(
+                address="local",
+                num_cpus=count + 1,
+                num_gpus=len(device.gpus),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+            )
+            cores, gpu = cores_each(device, count), bool(device.gpus)
+            dispatcher = _dispatcher(settings, count, cores=cores, gpu=gpu, all_open=False, pid=os.getpid())
         _write_note(note)
     except BaseException:
         ray.shutdown()
         raise
-    return Farm(dispatcher, note=note)
+    return Farm(dispatcher, note=note, daemons=daemons)
 
 
-def _dispatcher(settings: Settings, renderers: int, *, cores: int, gpu: bool, all_open: bool) -> Any:
+def _dispatcher(settings: Settings, renderers: int, *, cores: int, gpu: bool, all_open: bool, pid: int) -> Any:
+    """The dispatcher of a new farm, which ends with the process `pid` where that is not 0."""
     return DispatcherActor.options(  # type: ignore[attr-defined]
         name=DISPATCHER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
     ).remote(
@@ -242,6 +260,8 @@ def _dispatcher(settings: Settings, renderers: int, *, cores: int, gpu: bool, al
         cores=cores,
         gpu=gpu,
         all_open=all_open,
+        farm=secrets.token_hex(8),
+        pid=pid,
     )
 
 

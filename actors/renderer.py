@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 import uuid
 from collections.abc import Awaitable
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.logs import log_to_stderr
 from actors.names import DISPATCHER, NAMESPACE
+from farm import __version__
 from farm.devices import local_device
 from farm.errors import FarmUnavailableError
 from farm.lease import Ask, Beat, Completion, GiveBack, Hello, Renewal, Reply
@@ -68,7 +70,7 @@ class RendererActor:
     """One renderer, one process, one device.
 
     After a crash nothing of it is left but what it stored: the dispatcher notices at once, leases its shards again and
-    starts another in its slot. It never restarts by itself. `drop` and `retire` are safe to repeat.
+    starts another in its slot. It never restarts by itself. `drop`, `revoke` and `retire` are safe to repeat.
     """
 
     def __init__(self, name: str, settings: Settings, cores: int):
@@ -76,7 +78,7 @@ class RendererActor:
         self._lock = _own_device(settings)
         self._renderer = Renderer(
             name=name,
-            incarnation=uuid.uuid4().hex[:12],
+            incarnation=f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}",
             device="cuda:0" if self._lock else "cpu",
             device_name=local_device().name,
             cores=cores,
@@ -86,8 +88,16 @@ class RendererActor:
         )
         self._work: asyncio.Task[None] | None = None
 
-    async def work(self) -> None:
-        """Work until retired; whoever waits for this learns of the process's death at once. Safe to call again."""
+    async def work(self, version: str) -> None:
+        """Work until retired; whoever waits for this learns of the process's death at once. Safe to call again.
+
+        Raises FarmUnavailableError where the dispatcher is of another version than this process.
+        """
+        if version != __version__:
+            node = os.uname().nodename
+            raise FarmUnavailableError(
+                f"the farm on {node} has version {__version__}, its dispatcher {version}; install {version} on {node}"
+            )
         if self._work is None:
             self._work = asyncio.create_task(self._renderer.work())
         await asyncio.shield(self._work)
@@ -95,6 +105,10 @@ class RendererActor:
     async def drop(self, token: str) -> None:
         """Stop working on one lease."""
         self._renderer.drop(token)
+
+    async def revoke(self, token: str) -> None:
+        """Give one lease back if it has not begun."""
+        self._renderer.revoke(token)
 
     async def retire(self) -> None:
         """End `work` within a denoising step."""

@@ -69,6 +69,11 @@ class Bitmap:
                 return min(int(place + byte * 8 + first), self.size)
         return self.size
 
+    def beyond(self, other: "Bitmap") -> list[int]:
+        """Return the places that are set here and not in another of the same size."""
+        mine, theirs = (np.frombuffer(one._bits, dtype=np.uint8) for one in (self, other))
+        return list(np.flatnonzero(np.unpackbits(mine & ~theirs, count=self.size, bitorder="little")).tolist())
+
     def flags(self) -> NDArray[np.bool_]:
         """Return the truth values as an array."""
         bits = np.frombuffer(self._bits, dtype=np.uint8)

@@ -1,7 +1,7 @@
 """Compare what a manifest asks for with what its job was planned from.
 
-Only what decides pixels or objects counts; what was drawn once (roots, seeds of -1) has no part in it. Reads the frozen
-prompts where it must, writes nothing.
+Only what decides pixels or objects counts; what was drawn once (roots, seeds of -1) has no part in it, nor have the
+priority and the limits, which may change while a job runs. Reads the frozen prompts where it must, writes nothing.
 """
 
 from collections.abc import Sequence
@@ -38,6 +38,8 @@ def compare(request: Request, table: PromptTable, plans: Sequence[Plan], ledger:
     ]
     if plan.sweep != request.points:
         changes.append(f"sweep: {shown(plan.manifest.sweep)} -> {shown(request.manifest.sweep)}")
+    if plan.manifest.pilot != request.manifest.pilot:
+        changes.append(f"pilot: {_count(plan.manifest.pilot)} -> {_count(request.manifest.pilot)}")
     prompts, difference = _prompt_changes(request, table, plans, ledger)
     changes += prompts
     if changes:
@@ -110,6 +112,10 @@ def _seed_wish(manifest: Manifest) -> dict[str, Any]:
         return {"listed": list(seeds)}
     rule = seeds.rule or ("key" if manifest.keyed else "slot")
     return {"count": seeds.count, "from": rule, "root": seeds.root or 0}
+
+
+def _count(value: int | None) -> str:
+    return "none" if value is None else str(value)
 
 
 def _changes(place: str, then: dict[str, Any], now: dict[str, Any]) -> list[str]:

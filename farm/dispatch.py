@@ -2,368 +2,429 @@
 
 Every method is quick, blocks on nothing and is given the time (`now`, monotonic seconds). What is durable is decided by
 receipts alone: a shard is done when its receipt exists, whoever wrote it, so that forgetting everything here costs time
-and never truth.
+and never truth. What should be done outside (end a renderer, look for a receipt, read a job) is asked for by `effects`.
 """
 
-import heapq
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
 
+from farm.blame import count_deaths
+from farm.board import Board, task
+from farm.held import Renderer
+from farm.idle import REVOKE_WORTH_S, TwinOffer, hangs, twin_offers, unstarted
+from farm.intake import take_up
 from farm.lease import (
     CONFIRM_S,
     LEASE_S,
     STAGE_LIMIT_S,
+    STUCK_GRACE_S,
     Ask,
     Beat,
+    Check,
     Completion,
+    Effect,
+    End,
     GiveBack,
     Hello,
     Lease,
+    Read,
     Renewal,
     Reply,
-    Report,
+    beat_s,
 )
-from farm.queue import Waiting, next_job
-from farm.retry import FINALISE_DEATHS_BEFORE_STALL, IDLE_DEATHS_BEFORE_STALL, Blame, after_failure
-from farm.run import FINALISE, JobProgress, RunEntry, RunState
+from farm.progress import images_done, snapshot
+from farm.records import DEVICE_STAGES
+from farm.retry import (
+    Blame,
+    Trouble,
+    after_failure,
+)
+from farm.run import FINALISE, JobProgress, JobState, JobView, RunState, may_keep
 
 RATE_WINDOW_S = 30.0
 """Span of the measured images per second."""
+OFFERS_TRIED = 16
+"""Slow shards that one question is tried on."""
+LOOKS_PER_S = 2000.0
+"""Leases that are looked over in a second of ticks; with more, each is seen less often, and no call waits long."""
 PAUSE_S = 5.0
 """A tick this late means that this process stood still, and heard nobody meanwhile: that is nobody's silence."""
-RUNS_KEPT = 256
-"""Finalised runs that progress can still be asked of."""
-
-
-@dataclass(slots=True)
-class _Held:
-    """A lease given out, and when it was last reported and last showed progress."""
-
-    lease: Lease
-    renderer: str
-    reported_at: float
-    progressed_at: float
-    report: Report | None = None
-
-
-@dataclass(slots=True)
-class _Renderer:
-    incarnation: str
-    device: str
-    heard_at: float
-    sequence: int = -1
-    answered: Lease | None = None
-    unfit: set[str] = field(default_factory=set)
+BLAMELESS = frozenset({"cancelled", "retired", "revoked"})
 
 
 class Dispatch:
-    """Leases over a queue of runs."""
+    """Leases over a queue of runs. With `claims`, a job is leased only while its claim is held (`claimed`)."""
 
-    def __init__(self, *, epoch: str):
+    def __init__(self, *, epoch: str, shares: Mapping[str, float] = {}, claims: bool = False):
         self.epoch = epoch
-        self._runs: dict[str, RunState] = {}
-        self._held: dict[str, _Held] = {}
-        self._renderers: dict[str, _Renderer] = {}
+        self._claims = claims
+        self._board = Board(shares)
+        self._offers: list[TwinOffer] = []
         self._granted = 0
         self._ticked_at: float | None = None
+        self._looked_at = 0.0
 
-    # Runs
+    def effects(self) -> tuple[Effect, ...]:
+        """What should be done outside, each once; to be asked for after every call."""
+        if not self._board.effects:
+            return ()
+        effects, self._board.effects = tuple(self._board.effects), []
+        return effects
 
-    def add(self, entry: RunEntry) -> None:
-        """Take up a run's open pass; one already known is left as it is, unless it is a later pass or was stopped."""
-        known = self._runs.get(entry.run)
-        if known and known.entry.pass_number > entry.pass_number:
+    # Jobs
+
+    def take_up(self, view: JobView, *, again: bool = False, now: float) -> None:
+        """Know a job as it was just read. `again`: a person asks for it, and what had stalled is tried again."""
+        take_up(self._board, view, again=again, claimed=not self._claims or None, now=now)
+
+    def claimed(self, job: str, held: bool, *, by: str = "", now: float) -> None:
+        """Whether this farm holds a job's claim, and who else does. Nothing is leased before it was read again."""
+        known = self._board.jobs.get(job)
+        if known is None:
             return
-        if known and known.entry.pass_number == entry.pass_number and not (known.stopped or known.stalled):
-            return
-        if known:
-            self._drop_leases(known)
-        for renderer in self._renderers.values():
-            renderer.unfit.discard(entry.run)
-        run = RunState(entry)
-        self._runs[entry.run] = run
-        finalised = [name for name, one in self._runs.items() if one.finalised]
-        for name in finalised[:-RUNS_KEPT]:
-            del self._runs[name]
-        for held in self._held.values():
-            if held.lease.run == entry.run and held.lease.pass_number == entry.pass_number:
-                self._attach(run, held.lease)
-
-    def stop(self, job: str, reason: str) -> tuple[tuple[str, str], ...]:
-        """Lease no more of a job; returns (renderer, token) of each lease that should end now."""
-        ended = []
-        for run in self._of(job):
-            if not run.finalised:
-                run.stopped = reason
-                ended += self._drop_leases(run)
-        return tuple(ended)
+        if held and not known.claimed:
+            known.reading = True
+            self._board.effects.append(Read(job))
+        if not held:
+            for run in known.runs.values():
+                self._board.drop_leases(run, now)
+        known.claimed, known.elsewhere = held, by
+        self._board.requeue_job(known, now)
 
     def unfinished(self) -> tuple[str, ...]:
         """Names of the jobs with work that is not done, stopped or stalled."""
-        return tuple(sorted({r.entry.job for r in self._runs.values() if not (r.finalised or r.stopped or r.stalled)}))
+        return tuple(
+            sorted(
+                name
+                for name, job in self._board.jobs.items()
+                if job.view.state == "open"
+                and not (job.limit and not any(run.held for run in job.runs.values()))
+                and (job.reading or any(run.held or not (run.finalised or run.stalled) for run in job.runs.values()))
+            )
+        )
+
+    def jobs(self) -> tuple[str, ...]:
+        """Names of the jobs that are not done or deleted: of those, too, that wait for a person."""
+        return tuple(sorted(name for name, job in self._board.jobs.items() if not job.is_over))
 
     # Renderers
 
     def meet(self, hello: Hello, *, now: float) -> tuple[str, ...]:
-        """Know a renderer, and take over the leases that it holds; returns tokens that it should drop."""
-        known = self._renderers.get(hello.renderer)
-        if known and known.incarnation != hello.incarnation:
-            self.lost(hello.renderer)
-        unfit = known.unfit if known else set()
-        self._renderers[hello.renderer] = _Renderer(hello.incarnation, hello.device, now, unfit=unfit)
-        return tuple(lease.token for lease in hello.held if not self._take_over(lease, hello.renderer, now))
+        """Know a renderer, and take over the leases that it holds; returns tokens that it should drop.
 
-    def _take_over(self, lease: Lease, renderer: str, now: float) -> bool:
+        Of two processes of one name the one that was born later is the renderer. The other, cut off and back, is told to
+        end; what it completes counts all the same.
+        """
+        if self._is_replaced(hello.renderer, hello.incarnation):
+            return tuple(lease.token for lease in hello.held)
+        known = self._board.renderers.get(hello.renderer)
+        if known is not None and known.incarnation != hello.incarnation:
+            self.lost(hello.renderer, now=now, blame=False)
+            known = None
+        if known is None:
+            known = Renderer(hello.renderer, hello.incarnation, hello.device, now, now)
+            self._board.renderers[hello.renderer] = known
+            self._board.unstall_refused(now)
+        known.heard_at = now
+        kept = {lease.token for lease in hello.held if self._take_over(lease, known, now)}
+        for held in list(known.held.values()):
+            if held.lease.token not in kept and now - held.reported_at > CONFIRM_S:
+                self._board.release(held, now=now)
+        return tuple(lease.token for lease in hello.held if lease.token not in kept)
+
+    def _take_over(self, lease: Lease, renderer: Renderer, now: float) -> bool:
         """Let a renderer keep a lease that it reports, unless it is done, stopped, of another pass or someone else's."""
-        run = self._runs.get(lease.run)
-        if run is not None:
-            holder = run.finaliser if lease.task == "finalise" else run.held.get(lease.shard)
-            if (
-                run.stopped
-                or run.finalised
-                or lease.pass_number != run.entry.pass_number
-                or (lease.task == "render" and run.done[lease.shard])
-                or (holder is not None and holder != lease.token)
-            ):
-                return False
-            self._attach(run, lease)
-        self._held[lease.token] = _Held(lease, renderer, now, now)
+        held = self._board.held.get(lease.token)
+        if held is not None:
+            held.reported_at = now
+            return held.renderer == renderer.name
+        job, run = self._board.jobs.get(lease.job), self._board.runs.get(lease.run)
+        if job is not None and (run is None or not may_keep(job, run, lease)):
+            return False
+        held = self._board.hold(lease, renderer, now)
+        if job is not None and run is not None:
+            self._board.attach(job, run, held)
+            self._board.requeue(job, run, now)
+        else:
+            self._board.effects.append(Read(lease.job))
         return True
 
-    def lost(self, renderer: str, *, blame: bool = True) -> None:
+    def lost(self, renderer: str, *, now: float, blame: bool = True) -> None:
         """A renderer's process ended: its leases go back at once, and what it had in hand is blamed where `blame`."""
-        self._renderers.pop(renderer, None)
-        mine = [held for held in self._held.values() if held.renderer == renderer]
-        runs = [(held, self._release(held)) for held in mine]
+        known = self._board.renderers.get(renderer)
+        if known is None:
+            return
+        mine = list(known.held.values())
+        runs = [(held, self._board.release(held, now=now)) for held in mine]
+        del self._board.renderers[renderer]
         if blame:
-            self._blame([(held, run) for held, run in runs if run is not None])
-        self._stall_unfit()
+            count_deaths(self._board, [(held, run) for held, run in runs if run is not None], now)
+        self._board.stall_refused(now)
 
-    def _blame(self, lost: list[tuple[_Held, RunState]]) -> None:
-        """Count a death against the batch that was on the device, else against the run whose model was loading."""
-        rendering = [(held, run) for held, run in lost if held.report and held.report.in_hand]
-        for held, run in rendering:
-            if held.report:
-                run.blame.setdefault(held.lease.shard, Blame()).died(held.report.in_hand)
-        for held, run in lost[:1] if not rendering else ():
-            if held.lease.task == "finalise":
-                run.finalise_deaths += 1
-            else:
-                run.idle_deaths += 1
-            if run.finalise_deaths >= FINALISE_DEATHS_BEFORE_STALL:
-                run.stall(
-                    "renderer_died",
-                    f"writing the dataset ended its renderer {run.finalise_deaths} times; look into the renderers' logs, "
-                    "check host memory, then render again",
-                )
-            elif run.idle_deaths >= IDLE_DEATHS_BEFORE_STALL:
-                run.stall(
-                    "renderer_died",
-                    f"renderers died {run.idle_deaths} times without finishing a batch of {run.entry.model}; "
-                    "look into the renderers' logs, check host and GPU memory, then render again",
-                )
+    def _is_replaced(self, renderer: str, incarnation: str) -> bool:
+        """Whether a process that was born later has a renderer's name."""
+        known = self._board.renderers.get(renderer)
+        return known is not None and incarnation < known.incarnation
 
     # Leases
 
     def ask(self, question: Ask, *, now: float, grants: bool = True) -> Reply:
         """Answer a renderer's question for work. A lease of None means: nothing for you now.
 
-        Without `grants` no new lease is given: renderers that live may still have to report theirs.
+        Asking twice with one sequence gives the same lease, and a question older than the newest seen none. Without
+        `grants` no new lease is given: renderers that live may still have to report theirs.
         """
         renderer = self._known(question, now)
         if renderer is None:
-            return Reply(self.epoch, meet=True)
-        if question.sequence == renderer.sequence and renderer.answered and renderer.answered.token in self._held:
+            replaced = question.epoch == self.epoch and self._is_replaced(question.renderer, question.incarnation)
+            return Reply(self.epoch, meet=not replaced, replaced=replaced)
+        renderer.loaded, renderer.asked_at = question.loaded_model, now
+        if question.sequence == renderer.sequence and renderer.answered and renderer.answered.token in self._board.held:
             return Reply(self.epoch, renderer.answered)
-        if not grants or question.sequence <= renderer.sequence:
-            return Reply(self.epoch)
-        lease = self._grant(question, renderer, now)
+        if question.sequence < renderer.asked or question.sequence <= renderer.sequence:
+            return Reply(self.epoch, late=True)
+        renderer.asked = question.sequence
+        lease = self._grant(renderer, now) if grants else None
         if lease is not None:
             renderer.sequence, renderer.answered = question.sequence, lease
         return Reply(self.epoch, lease)
 
+    def has_work(self, *, now: float) -> bool:
+        """Whether there is something to lease at this moment, to somebody."""
+        return bool(self._board.queue) or bool(self._offers)
+
     def renew(self, beat: Beat, *, now: float) -> Renewal:
         """Keep a renderer's leases alive and note their progress."""
-        if self._known(beat, now) is None:
+        renderer = self._known(beat, now)
+        if renderer is None:
+            if beat.epoch == self.epoch and self._is_replaced(beat.renderer, beat.incarnation):
+                return Renewal(self.epoch, tuple(report.token for report in beat.reports), replaced=True)
             return Renewal(self.epoch, meet=True)
         gone = []
         for report in beat.reports:
-            held = self._held.get(report.token)
-            if held is None or held.renderer != beat.renderer:
+            held = renderer.held.get(report.token)
+            if held is None:
                 gone.append(report.token)
                 continue
-            held.reported_at = now
             before = held.report
-            if before is None or report.ticks > before.ticks or report.stage != before.stage:
-                held.progressed_at = now
+            self._board.charge(held, held.heard(report, now))
             if before and before.in_hand and before.in_hand != report.in_hand:
                 self._batch_finished(held.lease)
-            held.report = report
-        if beat.whole:
-            for held in [held for held in self._held.values() if held.renderer == beat.renderer]:
-                if now - held.reported_at > CONFIRM_S:
-                    self._release(held)
-        return Renewal(self.epoch, tuple(gone))
+        for held in list(renderer.held.values()):
+            if now - held.reported_at > CONFIRM_S:
+                self._board.release(held, now=now)
+        return Renewal(self.epoch, tuple(gone), every_s=beat_s(len(self._board.renderers)))
 
-    def complete(self, completion: Completion, *, now: float) -> tuple[tuple[str, str], ...]:
-        """A receipt exists. Honoured whatever became of the lease; returns (renderer, token) of twins to end."""
+    def complete(self, completion: Completion, *, now: float) -> None:
+        """A receipt exists. Honoured whatever became of the lease; the shard's other leases end."""
         lease = completion.lease
-        held = self._held.get(lease.token)
-        if held:
-            self._release(held, give_back=False)
-        run = self._runs.get(lease.run)
-        if run is None or run.entry.pass_number != lease.pass_number:
-            return ()
-        run.failures, run.idle_deaths, run.message, run.not_before = 0, 0, None, 0.0
+        measured = sum(seconds for stage, seconds in completion.seconds.items() if stage in DEVICE_STAGES)
+        held = self._board.held.get(lease.token)
+        if held is not None:
+            if lease.task == "render":
+                self._board.charge(held, measured - held.charged_s)
+            self._board.release(held, now=now, back=False)
+        job, run = self._board.jobs.get(lease.job), self._board.runs.get(lease.run)
+        if job is None or run is None or run.entry.pass_number != lease.pass_number or run.finalised:
+            return
+        run.idle_deaths, run.message = 0, None
+        renderer = self._board.renderers.get(completion.renderer)
+        if renderer is not None:
+            renderer.troubles.pop(task(run), None)
+        self._board.queue.loaded(run.entry.model, completion.seconds.get("load", 0.0))
         if lease.task == "finalise":
             run.finalised = True
-            return ()
-        if not run.done[lease.shard]:
-            run.done[lease.shard] = True
-            run.done_images += run.shard_size(lease.shard)
-            run.failed += completion.failed
-            for stage, seconds in completion.seconds.items():
-                run.seconds[stage] = run.seconds.get(stage, 0.0) + seconds
-        run.blame.pop(lease.shard, None)
-        twin = self._held.get(run.held.pop(lease.shard, ""))
-        if twin is None:
-            return ()
-        self._release(twin, give_back=False)
-        return ((twin.renderer, twin.lease.token),)
+            self._board.drop_leases(run, now)
+            job.reading = True
+            self._board.effects.append(Read(lease.job))
+        else:
+            self._set_done(job, run, completion, measured, now)
+        self._board.requeue(job, run, now)
+
+    def _set_done(self, job: JobState, run: RunState, completion: Completion, measured: float, now: float) -> None:
+        shard = completion.lease.shard
+        if not run.set_done(shard):
+            return
+        images = run.shard_size(shard)
+        job.images += images
+        run.failed += completion.failed
+        run.measured(images, measured - completion.seconds.get("load", 0.0))
+        for stage, seconds in completion.seconds.items():
+            run.seconds[stage] = run.seconds.get(stage, 0.0) + seconds
+        for lease in list(run.held.get(shard, ())):
+            self._board.drop(self._board.held[lease.token], now)
+
+    def checked(self, check: Check, completion: Completion | None, *, now: float) -> None:
+        """The answer to a `Check`: what a shard's receipt tells, or None where there is none and it waits again."""
+        job, run = self._board.jobs.get(check.job), self._board.runs.get(check.run)
+        if job is None or run is None or run.entry.pass_number != check.pass_number or run.finalised:
+            return
+        if completion is not None:
+            measured = sum(seconds for stage, seconds in completion.seconds.items() if stage in DEVICE_STAGES)
+            self._set_done(job, run, completion, measured, now)
+        elif check.shard in run.unsure:
+            run.came_back(check.shard)
+        self._board.requeue(job, run, now)
 
     def give_back(self, end: GiveBack, *, now: float) -> None:
         """A renderer could not finish a lease. What follows is decided by `farm.retry`."""
-        held = self._held.get(end.lease.token)
+        held = self._board.held.get(end.lease.token)
         if held is None:
             return
-        run = self._release(held)
-        if run is None or end.code in ("cancelled", "retired"):
+        run = self._board.release(held, now=now, sure=end.code in BLAMELESS)
+        renderer = self._board.renderers.get(held.renderer)
+        if run is None or renderer is None or end.code in BLAMELESS:
             return
-        if run.failures == 0:
-            run.failing_since = now
-        run.failures += 1
-        decision = after_failure(end.code, in_a_row=run.failures, failing_for_s=now - run.failing_since)
+        trouble = renderer.troubles.setdefault(task(run), Trouble(0, now))
+        trouble.count += 1
+        decision = after_failure(end.code, in_a_row=trouble.count, failing_for_s=now - trouble.since)
+        trouble.until = now + decision.delay_s
         run.message = end.message
-        if decision.action == "again":
-            run.not_before = now + decision.delay_s
-        elif decision.action == "stall":
-            run.stall(end.code, end.message)
-        else:
-            renderer = self._renderers.get(end.renderer)
-            if renderer:
-                renderer.unfit.add(run.entry.run)
-            run.unfit = (end.code, end.message)
-            self._stall_unfit()
+        if decision.action == "elsewhere":
+            trouble.refusal = (end.code, end.message)
+            self._board.refused(run, trouble.refusal)
+            self._board.stall_refused(now)
 
-    def tick(self, *, now: float) -> tuple[tuple[str, str], ...]:
-        """Give up renderers that show no life and sample the speed; returns (renderer, why) of those to be ended.
+    def tick(self, *, now: float, wall: float) -> None:
+        """Give up renderers that show no life or no progress, apply limits of time, help idle renderers, sample speeds.
 
-        `why` is `silent` (nothing was heard of it) or `stuck` (it reports, and nothing progresses).
+        `wall`: Unix seconds. It may jump: only a job's `finish_by` is compared with it.
         """
         late = now - self._ticked_at if self._ticked_at is not None else 0.0
         self._ticked_at = now
+        self._board.set_wall(wall, now=now)
         if late > PAUSE_S:
-            for renderer in self._renderers.values():
-                renderer.heard_at += late
-            for held in self._held.values():
-                held.reported_at += late
-                held.progressed_at += late
-        given_up = [(name, "silent") for name, one in self._renderers.items() if now - one.heard_at > LEASE_S]
-        for held in self._held.values():
-            stuck = held.report and now - held.progressed_at > STAGE_LIMIT_S[held.report.stage]
-            if stuck and held.renderer in self._renderers:
-                given_up.append((held.renderer, "stuck"))
-        given_up = list(dict(reversed(given_up)).items())
-        for name, why in given_up:
-            self.lost(name, blame=why == "stuck")
-        for run in self._runs.values():
-            run.samples.append((now, self._images_done(run)))
-            while run.samples and now - run.samples[0][0] > RATE_WINDOW_S:
+            for renderer in self._board.renderers.values():
+                renderer.heard_at = min(renderer.heard_at + late, now)
+                renderer.asked_at = min(renderer.asked_at + late, now)
+            for held in self._board.held.values():
+                held.reported_at = min(held.reported_at + late, now)
+                held.progressed_at = min(held.progressed_at + late, now)
+        looks = late > PAUSE_S or now - self._looked_at >= len(self._board.held) / LOOKS_PER_S
+        if looks:
+            self._looked_at = now
+            self._give_up(now)
+        for job in self._board.jobs.values():
+            view = job.view
+            if job.limit is not None or view.finish_by is not None or view.max_gpu_s is not None:
+                self._board.requeue_job(job, now)
+            if job.limit is not None and not job.is_over:
+                leases = [lease for run in job.runs.values() for holders in run.held.values() for lease in holders]
+                self._board.ask_back([self._board.held[lease.token] for lease in leases], now)
+        self._help_idle(now)
+        for run in self._board.runs.values() if looks else ():
+            if run.finalised:
+                continue
+            run.samples.append((now, images_done(run, self._board.held)))
+            while now - run.samples[0][0] > RATE_WINDOW_S:
                 run.samples.popleft()
-        return tuple(given_up)
+
+    def _give_up(self, now: float) -> None:
+        given_up = {name: "silent" for name, one in self._board.renderers.items() if now - one.heard_at > LEASE_S}
+        for held in self._board.held.values():
+            if held.report and now - held.progressed_at > STAGE_LIMIT_S[held.report.stage] + STUCK_GRACE_S:
+                given_up.setdefault(held.renderer, "stuck")
+        for name, one in self._board.renderers.items():
+            if not one.held and now - one.asked_at > STAGE_LIMIT_S["load"] + STUCK_GRACE_S:
+                given_up.setdefault(name, "stuck")  # it lives, has nothing to do, and asks for nothing
+        for name, why in given_up.items():
+            self.lost(name, now=now, blame=why == "stuck")
+            self._board.effects.append(End(name, "stuck" if why == "stuck" else "silent"))
+
+    def _help_idle(self, now: float) -> None:
+        """Where renderers stand idle and nothing waits: ask back what nobody has begun, else offer twins of slow shards."""
+        self._offers = []
+        if self._board.queue or not self._board.held:
+            return
+        board = self._board
+        idle = [one for one in board.renderers.values() if not one.held]
+        if not idle:
+            return
+        for ahead_s, held in unstarted(board.renderers.values(), board.runs, now=now):
+            run = board.runs.get(held.lease.run)
+            fit = [one for one in idle if run and board.fits(one, run, now)] if idle else ()
+            if run and fit and ahead_s > REVOKE_WORTH_S + self._load_s(fit[0], run):
+                idle.remove(fit[0])
+                board.ask_back([held], now)
+        self._offers = twin_offers(board.held.values(), board.jobs, board.runs, now=now)[: len(idle)]
 
     # Looking
 
     def progress(self, job: str) -> JobProgress | None:
         """Show the job's open pass: of its oldest run that is not finalised, or of its newest."""
-        runs = sorted(self._of(job), key=lambda run: run.entry.created_at)
-        if not runs:
-            return None
-        run = next((r for r in runs if not r.finalised), runs[-1])
-        busy = {held.renderer for held in self._held.values()}
-        ahead = sorted({held.lease.job for held in self._held.values()} - {job})
-        message = run.message
-        if run.state == "waiting" and ahead:
-            message = f"waits behind {', '.join(ahead)}"
-        done = self._images_done(run)
-        rate = None
-        if len(run.samples) >= 2 and run.samples[-1][0] > run.samples[0][0]:
-            rate = max(0.0, (run.samples[-1][1] - run.samples[0][1]) / (run.samples[-1][0] - run.samples[0][0]))
-        return JobProgress(
-            job=job,
-            run=run.entry.run,
-            pass_number=run.entry.pass_number,
-            state=run.state,
-            images=run.entry.images,
-            done=run.done_images,
-            failed=run.failed,
-            fraction=done / run.entry.images if run.entry.images else 1.0,
-            images_per_s=rate or None,
-            eta_s=(run.entry.images - done) / rate if rate else None,
-            renderers=len(self._renderers),
-            renderers_busy=len(busy),
-            message=message,
-            seconds=dict(run.seconds),
-        )
+        known = self._board.jobs.get(job)
+        return snapshot(known, self._board.renderers.values(), self._board.held) if known else None
 
     def stall_code(self, job: str) -> str | None:
-        """The error code of what stalled a job, or None."""
-        return next((run.stalled[0] for run in self._of(job) if run.stalled), None)
+        """The error code of what stalled all that is left of a job, or None."""
+        known = self._board.jobs.get(job)
+        left = [run for run in known.runs.values() if not run.finalised] if known else []
+        codes = [run.stalled[0] for run in left if run.stalled]
+        return codes[0] if codes and len(codes) == len(left) else None
 
     # Inside
 
-    def _of(self, job: str) -> list[RunState]:
-        return [run for run in self._runs.values() if run.entry.job == job]
-
-    def _images_done(self, run: RunState) -> float:
-        done = float(run.done_images)
-        for token in run.held.values():
-            held = self._held.get(token)
-            done += held.report.fraction * held.lease.images if held and held.report else 0.0
-        return done
-
-    def _known(self, caller: Ask | Beat, now: float) -> _Renderer | None:
+    def _known(self, caller: Ask | Beat, now: float) -> Renderer | None:
         """The renderer that calls, if it has met this dispatcher."""
-        renderer = self._renderers.get(caller.renderer)
+        renderer = self._board.renderers.get(caller.renderer)
         if caller.epoch != self.epoch or renderer is None or renderer.incarnation != caller.incarnation:
             return None
         renderer.heard_at = now
         return renderer
 
-    def _stall_unfit(self) -> None:
-        """Stall the runs that every renderer has refused."""
-        for run in self._runs.values():
-            refused = self._renderers and all(run.entry.run in one.unfit for one in self._renderers.values())
-            if run.unfit and refused and not (run.stalled or run.finalised):
-                run.stall(*run.unfit)
-
-    def _grant(self, question: Ask, renderer: _Renderer, now: float) -> Lease | None:
-        """Give the next piece of work, one at a time for each renderer and task it asks for."""
-        candidates = {
-            run.entry.run: run
-            for run in self._runs.values()
-            if run.entry.run not in renderer.unfit and now >= run.not_before and run.has_work()
-        }
-        chosen = next_job(
-            (Waiting(r.entry.run, r.entry.priority, r.entry.created_at, r.entry.model) for r in candidates.values()),
-            loaded_model=question.loaded_model,
+    def _grant(self, renderer: Renderer, now: float) -> Lease | None:
+        """Give the next piece of work; none to one that seems to hang, and would not come to it."""
+        board = self._board
+        if hangs(renderer, now=now):
+            return None
+        chosen = board.queue.choose(
+            renderer.loaded, fits=lambda run: board.fits(renderer, board.runs[run], now), renderers=len(board.renderers)
         )
         if chosen is None:
-            return None
-        run = candidates[chosen.run]
-        entry = run.entry
+            return self._grant_twin(renderer, now)
+        run = self._board.runs[chosen.run]
+        job = self._board.jobs[run.entry.job]
         shard = FINALISE if run.rendered else run.next_shard()
+        if shard != FINALISE:
+            run.take(shard)
+        lease = self._lease(job, run, shard, renderer, now)
+        self._board.requeue_job(job, now) if job.view.max_images or job.view.max_gpu_s else self._board.requeue(
+            job, run, now
+        )
+        return lease
+
+    def _grant_twin(self, renderer: Renderer, now: float) -> Lease | None:
+        """Give an idle renderer a shard that another is slow with."""
+        if renderer.held:
+            return None
+        for offer in self._offers[:OFFERS_TRIED]:
+            held = self._board.held.get(offer.token)
+            run = self._board.runs.get(offer.run)
+            if (
+                held is None
+                or run is None
+                or held.renderer == renderer.name
+                or not self._board.fits(renderer, run, now)
+            ):
+                continue
+            if not self._board.in_time(self._board.jobs[run.entry.job], now):
+                continue
+            if len(run.held.get(offer.shard, ())) != 1 or run.done[offer.shard]:
+                continue
+            if offer.pays(run.expected_s(held.lease.images) + self._load_s(renderer, run)):
+                self._offers.remove(offer)
+                return self._lease(self._board.jobs[run.entry.job], run, offer.shard, renderer, now, twin=True)
+        return None
+
+    def _load_s(self, renderer: Renderer, run: RunState) -> float:
+        """Seconds until a renderer has a run's model."""
+        return 0.0 if renderer.loaded == run.entry.model else self._board.queue.swap_s(run.entry.model)
+
+    def _lease(
+        self, job: JobState, run: RunState, shard: int, renderer: Renderer, now: float, *, twin: bool = False
+    ) -> Lease:
         self._granted += 1
-        run.attempts[shard] = run.attempts.get(shard, 0) + 1
+        entry = run.entry
+        blame = run.blame.get(shard, Blame())
         lease = Lease(
             token=f"{self.epoch}-{self._granted}",
             task="finalise" if shard == FINALISE else "render",
@@ -372,44 +433,16 @@ class Dispatch:
             pass_number=entry.pass_number,
             shard=shard,
             images=0 if shard == FINALISE else run.shard_size(shard),
-            attempt=run.attempts[shard],
+            attempt=run.attempts.get(shard, 0) + 1,
+            alone=frozenset(blame.alone),
+            skip=frozenset(blame.skip),
+            twin=twin,
+            cautious=blame.cautious,
         )
-        blame = run.blame.get(shard)
-        if blame:
-            lease = replace(lease, alone=frozenset(blame.alone), skip=frozenset(blame.skip))
-        self._held[lease.token] = _Held(lease, question.renderer, now, now)
-        self._attach(run, lease)
+        self._board.attach(job, run, self._board.hold(lease, renderer, now))
         return lease
 
-    def _attach(self, run: RunState, lease: Lease) -> None:
-        if lease.task == "finalise":
-            run.finaliser = lease.token
-        else:
-            run.held[lease.shard] = lease.token
-        run.attempts[lease.shard] = max(run.attempts.get(lease.shard, 0), lease.attempt)
-
-    def _release(self, held: _Held, *, give_back: bool = True) -> RunState | None:
-        """End a lease; its shard waits again unless it is done. Returns the run, where it is still known."""
-        self._held.pop(held.lease.token, None)
-        run = self._runs.get(held.lease.run)
-        if run is None or run.entry.pass_number != held.lease.pass_number:
-            return None
-        if held.lease.task == "finalise":
-            if run.finaliser == held.lease.token:
-                run.finaliser = None
-        elif run.held.get(held.lease.shard) == held.lease.token:
-            del run.held[held.lease.shard]
-            if give_back and not run.done[held.lease.shard]:
-                heapq.heappush(run.returned, held.lease.shard)
-        return run
-
-    def _drop_leases(self, run: RunState) -> list[tuple[str, str]]:
-        mine = [held for held in self._held.values() if held.lease.run == run.entry.run]
-        for held in mine:
-            self._release(held)
-        return [(held.renderer, held.lease.token) for held in mine]
-
     def _batch_finished(self, lease: Lease) -> None:
-        run = self._runs.get(lease.run)
+        run = self._board.runs.get(lease.run)
         if run is not None:
             run.idle_deaths = 0

@@ -21,11 +21,11 @@ import psutil
 from farm.devices import BFLOAT16_CAPABILITY, DeviceInfo, local_device, numerics_for
 from farm.engine import Engine, Picture, RenderStep
 from farm.errors import FarmError, ModelCardError
+from farm.fonts import installed
 from farm.modelcard import ModelCard, find_card, list_cards, source_folder
 from farm.output import flag_of
 from farm.plan import ImageSpec
 from farm.settings import Settings
-from farm.sheet import draws_cjk, font_path
 from farm.storage.opening import open_store
 
 log = logging.getLogger(__name__)
@@ -182,17 +182,15 @@ def _ray() -> Iterator[Check]:
 
 
 def _fonts() -> Iterator[Check]:
-    path = font_path()
-    if path is None:
-        yield Check("fonts", "ok", "none installed; contact sheets use Pillow's own")
-    elif draws_cjk(path):
-        yield Check("fonts", "ok", str(path))
+    font = installed().drawing("国")
+    if font is not None and font.path is not None:
+        yield Check("fonts", "ok", f"{font.path} draws Chinese on contact sheets")
     else:
         yield Check(
             "fonts",
             "warn",
-            f"{path} draws no Chinese, Japanese or Korean",
-            "for such prompts on contact sheets install a font, such as fonts-noto-cjk",
+            "no font here draws Chinese, Japanese or Korean; contact sheets show boxes for such prompts",
+            "where that matters install one, such as fonts-noto-cjk",
         )
 
 

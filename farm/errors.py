@@ -188,6 +188,12 @@ class CancelledError(FarmError):
 # The live farm
 
 
+class WaitingError(FarmError):
+    """Raised when a job goes no further until a person has spoken: it is paused, a pilot waits, a limit is reached."""
+
+    code = "waiting"
+
+
 class FarmUnavailableError(FarmError):
     """Raised when Ray or the farm's actors cannot be started or reached."""
 
@@ -198,6 +204,12 @@ class RendererDiedError(FarmError):
     """Raised, and written into a failed row, when an image ended the renderer that tried it."""
 
     code = "renderer_died"
+
+
+class NodeDiedError(RendererDiedError):
+    """Raised when a renderer ended with its whole node: nothing that it had in hand is to blame."""
+
+    code = "node_died"
 
 
 class JobFailedError(FarmError):

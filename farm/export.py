@@ -1,8 +1,9 @@
 """Finalise a pass: compact its receipts into the dataset, draw the contact sheet, write totals and measured speed.
 
-Reads receipts and pictures, writes objects that follow from them alone: doing it twice, or two doing it at once, gives
-the same objects. Who comes late, when a later pass is open, writes nothing more. Totals come last, since they close the
-pass. Memory is flat: one part of the dataset at a time.
+What is written covers the images of all passes so far: after a pilot its own, from the next pass on every image. Reads
+receipts and pictures, writes objects that follow from them alone: doing it twice, or two doing it at once, gives the same
+objects. Who comes late, when a later pass is open, writes nothing more. Totals come last, since they close the pass.
+Memory is flat: one part of the dataset at a time.
 """
 
 import heapq
@@ -82,7 +83,8 @@ def _write_all(ledger: Ledger, plan: Plan, pass_number: int, on_rows: Callable[[
                 f"first that of shard {int(lacking[0])}; farm render goes on with it"
             )
     tally = _Tally()
-    wanted = set(spread(plan.images))
+    covered = ledger.covered(plan, pass_number)
+    wanted = set(spread(covered))
     shown: list[ImageRow] = []
 
     def still_ours() -> None:
@@ -91,19 +93,19 @@ def _write_all(ledger: Ledger, plan: Plan, pass_number: int, on_rows: Callable[[
 
     parts = _DatasetParts(ledger, plan, before_write=still_ours)
     for row in _rows(ledger, plan, pass_number, tally):
+        if tally.images in wanted:
+            shown.append(row)
         tally.add_row(row)
         parts.add(row)
-        if (done_rows := tally.ok + tally.failed) % CHUNK_ROWS == 0:
-            on_rows(done_rows)
-        if row.index in wanted:
-            shown.append(row)
-    images = tally.ok + tally.failed
-    if images != plan.images:
+        if tally.images % CHUNK_ROWS == 0:
+            on_rows(tally.images)
+    if tally.images != covered:
         raise RecordError(
-            f"job {plan.job}: the receipts have {images} images, the plan {plan.images}; farm verify shows which lack"
+            f"job {plan.job}: the receipts of {pass_number} passes have {tally.images} images, the plan {covered}; "
+            "farm verify shows which lack"
         )
     parts.finish()
-    totals = tally.totals()
+    totals = tally.totals(plan)
     sheet = _draw(ledger, plan, shown, totals)
     still_ours()
     ledger.store.put(sheet_key(plan), sheet, content_type="image/png")
@@ -177,6 +179,11 @@ class _Tally:
     kinds: set[tuple[str, int, int, int]] = field(default_factory=set)
     drawn_seconds: float = 0.0
 
+    @property
+    def images(self) -> int:
+        """Rows counted so far."""
+        return self.ok + self.failed
+
     def add_receipt(self, receipt: Receipt) -> None:
         self.work.add(receipt)
         self.renderers.add(receipt.renderer)
@@ -212,9 +219,10 @@ class _Tally:
             measured_at=self.work.finished_at,
         )
 
-    def totals(self) -> Totals:
+    def totals(self, plan: Plan) -> Totals:
+        estimate = plan.estimated_seconds_per_image
         return Totals(
-            images=self.ok + self.failed,
+            images=self.images,
             ok=self.ok,
             failed=self.failed,
             flagged=self.flagged,
@@ -225,6 +233,7 @@ class _Tally:
             started_at=self.work.started_at,
             finished_at=self.work.finished_at,
             wall_seconds=self.work.wall_seconds(),
+            planned_gpu_seconds=None if estimate is None else round(estimate * self.images, 3),
         )
 
 

@@ -41,7 +41,8 @@ class Lease:
 
     `alone`: indexes to render one at a time, outside their batch. `skip`: indexes that ended every renderer that tried
     them; they become failed rows. `images`: how many images the shard has. `twin`: another renderer is at this shard too,
-    and slow: whichever receipt is first counts.
+    and slow: whichever receipt is first counts. `cautious`: it ended renderers with no image in hand; every image is encoded
+    and drawn by itself, and announced before.
     """
 
     token: str
@@ -55,11 +56,15 @@ class Lease:
     alone: frozenset[int] = frozenset()
     skip: frozenset[int] = frozenset()
     twin: bool = False
+    cautious: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """How a renderer introduces itself, at first and again whenever it meets a dispatcher that it does not know."""
+    """How a renderer introduces itself, at first and again whenever it meets a dispatcher that it does not know.
+
+    `incarnation` names its process; of two, the one of a process that was born later is the greater.
+    """
 
     renderer: str
     incarnation: str
@@ -95,29 +100,27 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A renderer's sign of life, with a report on every lease that it holds.
-
-    `whole`: `reports` are all that it holds, so that what is missing never reached it or has ended.
-    """
+    """A renderer's sign of life, with a report on every lease that it holds: one that is missing never reached it, or ended."""
 
     renderer: str
     incarnation: str
     epoch: str
     reports: tuple[Report, ...]
-    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
     """The answer to a beat: tokens to drop, and seconds until the next beat.
 
-    `meet`: say hello first; nothing is to be dropped before that.
+    `meet`: say hello first; nothing is to be dropped before that. `replaced`: another process has this renderer's name, and
+    this one should end.
     """
 
     epoch: str
     gone: tuple[str, ...] = ()
     meet: bool = False
     every_s: float = RENEW_S
+    replaced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +151,21 @@ class GiveBack:
 class Reply:
     """The dispatcher's answer to a question for work.
 
-    `meet`: the renderer is not known here, or knows an older dispatcher: say hello, then ask again.
+    `meet`: the renderer is not known here, or knows an older dispatcher: say hello, then ask again. `late`: this question
+    was answered before, or a newer one was asked: it is never answered with a lease, so waiting for one is in vain.
+    `replaced`: another process has this renderer's name, and this one should end.
     """
 
     epoch: str
     lease: Lease | None = None
     meet: bool = False
+    late: bool = False
+    replaced: bool = False
+
+    @property
+    def is_final(self) -> bool:
+        """Whether waiting longer would bring nothing else."""
+        return self.lease is not None or self.meet or self.late or self.replaced
 
 
 # What the dispatcher's rules ask of the process around them.

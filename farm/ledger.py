@@ -2,17 +2,15 @@
 
 Owns every key below `jobs/`, `open/` and `profiles/` except the pictures themselves. Knows nothing of leases.
 Invariants: a shard is done if and only if its receipt exists; plans, controls, passes and receipts are created once and
-never changed; pass n + 1 opens only after the totals of pass n are written.
+never changed; pass n + 1 opens only after the totals of pass n are written; a job with a tombstone under `deleted/` has
+no plan for anybody.
 """
 
 import difflib
 import heapq
 import io
 import logging
-import re
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -23,22 +21,32 @@ import numpy.typing as npt
 from pydantic import BaseModel, ValidationError
 
 from farm.errors import ControlError, NewerVersionError, ObjectMissingError, RecordError, StoreError, UnknownJobError
+from farm.jobkeys import (
+    failure_key,
+    is_job_name,
+    number_in,
+    plan_key,
+    profile_key,
+    profile_prefix,
+    receipt_key,
+    run_key,
+)
+from farm.passes import Everything, Indexes, Listed, Others, Selection, images_of_shards, pilot_indexes
 from farm.plan import Plan
+from farm.prefetch import in_order
 from farm.receipt import ImageRow, Receipt
-from farm.records import Control, Profile, Totals
+from farm.records import Action, Control, Profile, Totals
 from farm.storage.base import ObjectStore
 
-__all__ = ["Control", "Ledger", "Profile", "Totals"]
+__all__ = ["Control", "Indexes", "Ledger", "Profile", "Totals"]
 
 _log = logging.getLogger(__name__)
 
 _CREATE_TRIES = 1000
 _JSON = "application/json"
 _PARQUET = "application/vnd.apache.parquet"
+_NO_INDEXES: Indexes = np.empty(0, dtype=np.int64)
 
-Indexes = npt.NDArray[np.int64]
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -51,7 +59,16 @@ class Ledger:
 
     def jobs(self) -> list[str]:
         """Names of all jobs, in order."""
-        return list(self.store.folders("jobs/"))
+        going = set(self.deleted_jobs())
+        return [job for job in self.store.folders("jobs/") if job not in going]
+
+    def deleted(self, job: str) -> bool:
+        """Whether the job is being deleted: it has a tombstone, and what is left of it is swept."""
+        return is_job_name(job) and self.store.head(f"deleted/{job}") is not None
+
+    def deleted_jobs(self) -> list[str]:
+        """Names of the jobs with a tombstone, in order."""
+        return [info.key.removeprefix("deleted/") for info in self.store.list("deleted/")]
 
     def open_jobs(self) -> list[str]:
         """Names of the jobs marked unfinished, in order."""
@@ -66,10 +83,10 @@ class Ledger:
         self.store.delete(f"open/{job}")
 
     def plans(self, job: str) -> list[Plan]:
-        """All runs of the job, oldest first; empty where there is no such job. Raises RecordError."""
-        if not _is_name(job):
+        """All runs of the job, oldest first; empty where there is no such job, or it was deleted. Raises RecordError."""
+        if not is_job_name(job) or self.deleted(job):
             return []
-        keys = [_plan_key(job, number) for number in self._numbers(f"jobs/{job}/plans/", ".json")]
+        keys = [plan_key(job, number) for number in self._numbers(f"jobs/{job}/plans/", ".json")]
         return [_parsed(Plan, self.store.get(key), self._where(key)) for key in keys]
 
     def plan(self, job: str) -> Plan:
@@ -77,25 +94,52 @@ class Ledger:
         plans = self.plans(job)
         if plans:
             return plans[-1]
+        if self.deleted(job):
+            raise UnknownJobError(
+                f"job {job!r} in {self.store.url} is being deleted; run farm delete {job} again, which ends it"
+            )
         near = difflib.get_close_matches(job, names := self.jobs(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {len(names)} jobs; see `farm status`"
         raise UnknownJobError(f"no job {job!r} in {self.store.url}; {hint}")
 
     def create_plan(self, plan: Plan, number: int) -> bool:
         """Write the job's plan `number` (1, 2, …); False when there is one of that number."""
-        return self.store.create(_plan_key(plan.job, number), plan.model_dump_json().encode(), content_type=_JSON)
+        return self.store.create(plan_key(plan.job, number), plan.model_dump_json().encode(), content_type=_JSON)
 
     def put_prompt_part(self, job: str, run: str, n: int, data: bytes) -> None:
         self.store.put(f"jobs/{job}/{run}/prompts/part-{n:05d}.parquet", data, content_type=_PARQUET)
 
     def prompt_part(self, plan: Plan, n: int) -> bytes:
-        return self.store.get(_key(plan, f"prompts/part-{n:05d}.parquet"))
+        return self.store.get(run_key(plan, f"prompts/part-{n:05d}.parquet"))
 
-    def append_control(self, job: str, action: str, *, at: str, by: str) -> Control:
-        """Write what somebody says to the job under the next number; it holds once this returns."""
-        first = max(self._numbers(f"jobs/{job}/control/", ".json"), default=0) + 1
+    def append_control(
+        self,
+        job: str,
+        action: Action,
+        *,
+        at: str,
+        by: str,
+        priority: int | None = None,
+        max_images: int | None = None,
+        gpu_hours: float | None = None,
+        finish_by: str | None = None,
+    ) -> Control:
+        """Write what somebody says to the job under the next number; it holds once this returns.
+
+        The values are those of a `change`; None leaves one as it is. Whether it can be said is `farm.controls`' affair.
+        """
+        first = self.last_control(job) + 1
         for seq in range(first, first + _CREATE_TRIES):
-            control = Control(seq=seq, action=action, at=at, by=by)
+            control = Control(
+                seq=seq,
+                action=action,
+                at=at,
+                by=by,
+                priority=priority,
+                max_images=max_images,
+                gpu_hours=gpu_hours,
+                finish_by=finish_by,
+            )
             data = control.model_dump_json().encode()
             if self.store.create(f"jobs/{job}/control/{seq:06d}.json", data, content_type=_JSON):
                 return control
@@ -106,66 +150,93 @@ class Ledger:
         keys = [f"jobs/{job}/control/{seq:06d}.json" for seq in self._numbers(f"jobs/{job}/control/", ".json")]
         return [_parsed(Control, self.store.get(key), self._where(key)) for key in keys]
 
+    def last_control(self, job: str) -> int:
+        """Number of what was said last, from one listing; 0 where nothing was."""
+        return max(self._numbers(f"jobs/{job}/control/", ".json"), default=0)
+
     def passes(self, plan: Plan) -> int:
         """Number of the latest pass that is open or was; 1 from the start."""
-        return max(self._numbers(_key(plan, "passes/"), ".npy"), default=1)
+        return max(self._numbers(run_key(plan, "passes/"), ".npy"), default=1)
 
-    def open_pass(self, plan: Plan, number: int, indexes: Indexes) -> bool:
+    def open_pass(self, plan: Plan, number: int, indexes: Indexes | None) -> bool:
         """Open pass `number` over `indexes`, ascending; False when that pass is there already.
 
-        Raises ControlError when the pass before it is not closed yet, or there is nothing to do.
+        None: over all that the pilot left out where that is still to do, else over every image again. Raises ControlError
+        when the pass before it is not closed yet, the pilot's others come first, or there is nothing to do.
         """
         latest = self.passes(plan)
         if number <= latest:
             return False
-        if number != latest + 1 or self.store.head(_key(plan, f"totals/{latest:04d}.json")) is None:
+        if number != latest + 1 or not self.closed(plan, latest):
             raise ControlError(
                 f"pass {number} of job {plan.job} cannot open while pass {latest} is unfinished; let the job end first"
             )
-        indexes = np.asarray(indexes, dtype=np.int64)
-        if indexes.ndim != 1 or not len(indexes):
-            raise ControlError(f"pass {number} of job {plan.job} would be empty; there is nothing to render again")
-        if indexes[0] < 0 or indexes[-1] >= plan.images or not (np.diff(indexes) > 0).all():
+        if indexes is None:
+            indexes = _NO_INDEXES
+        elif self.covered(plan, latest) < plan.images:
             raise ControlError(
-                f"pass {number} of job {plan.job} needs ascending image indexes below {plan.images}, each once; "
-                "take them from failed_indexes"
+                f"pass {number} of job {plan.job} is for the {plan.images - self.covered(plan, latest)} images that its "
+                "pilot left out; approve the pilot first"
             )
+        else:
+            indexes = np.asarray(indexes, dtype=np.int64)
+            if indexes.ndim != 1 or not len(indexes):
+                raise ControlError(f"pass {number} of job {plan.job} would be empty; there is nothing to render again")
+            if indexes[0] < 0 or indexes[-1] >= plan.images or not (np.diff(indexes) > 0).all():
+                raise ControlError(
+                    f"pass {number} of job {plan.job} needs ascending image indexes below {plan.images}, each once; "
+                    "take them from failed_indexes"
+                )
         sink = io.BytesIO()
         np.save(sink, indexes, allow_pickle=False)
-        return self.store.create(_key(plan, f"passes/{number:04d}.npy"), sink.getvalue())
+        return self.store.create(run_key(plan, f"passes/{number:04d}.npy"), sink.getvalue())
 
     def pass_indexes(self, plan: Plan, number: int) -> Indexes | None:
-        """The images of pass `number`, ascending; None for pass 1, which is all. Raises RecordError."""
+        """The images of pass `number`, ascending; None where it is no list: all images, or all that a pilot left out.
+
+        Raises RecordError.
+        """
+        found = self.selection(plan, number)
+        return found.indexes if isinstance(found, Listed) else None
+
+    def selection(self, plan: Plan, number: int) -> Selection:
+        """Which images pass `number` is over. Raises RecordError."""
         if number == 1:
-            return None
-        key = _key(plan, f"passes/{number:04d}.npy")
-        kept = self._last_pass
-        if kept is not None and kept[0] == key:
-            return kept[1]
-        try:
-            indexes = np.load(io.BytesIO(self.store.get(key)), allow_pickle=False)
-        except (ValueError, EOFError) as exc:
-            raise RecordError(f"{self._where(key)}: not a list of image indexes ({exc}); restore the object") from exc
-        if not isinstance(indexes, np.ndarray) or indexes.dtype != np.int64 or indexes.ndim != 1 or not len(indexes):
-            raise RecordError(f"{self._where(key)}: not a list of image indexes; restore the object")
-        indexes.setflags(write=False)
-        self._last_pass = key, indexes
-        return indexes
+            return Everything(plan.images) if plan.pilot is None else Listed(pilot_indexes(plan.images, plan.pilot))
+        indexes = self._stored_pass(plan, number)
+        if len(indexes):
+            return Listed(indexes)
+        if number == 2 and plan.pilot is not None:
+            return Others(plan.images, pilot_indexes(plan.images, plan.pilot))
+        return Everything(plan.images)
+
+    def pass_images(self, plan: Plan, number: int) -> int:
+        """How many images pass `number` has."""
+        return self.selection(plan, number).images
+
+    def covered(self, plan: Plan, number: int) -> int:
+        """How many images have been in some pass up to `number`: in the pilot's pass only its own."""
+        return plan.pilot if plan.pilot is not None and number == 1 else plan.images
+
+    def covered_indexes(self, plan: Plan, number: int) -> Sequence[int]:
+        """The images that `covered` counts, ascending."""
+        found = self.selection(plan, 1) if number == 1 else Everything(plan.images)
+        return found.part(0, found.images)
+
+    def left_out(self, plan: Plan) -> int:
+        """How many images wait until the pilot is approved; 0 without one, and from then on."""
+        return plan.images - self.covered(plan, self.passes(plan))
 
     def pass_shards(self, plan: Plan, number: int) -> int:
         """How many shards pass `number` has."""
-        indexes = self.pass_indexes(plan, number)
-        return plan.shards if indexes is None else -(-len(indexes) // plan.shard_images)
+        return -(-self.pass_images(plan, number) // plan.pass_shard_images(number))
 
     def shard_indexes(self, plan: Plan, pass_number: int, shard: int) -> Sequence[int]:
         """The images of one shard, ascending."""
         if not 0 <= shard < self.pass_shards(plan, pass_number):
             raise RecordError(f"job {plan.job} has no shard {shard} in pass {pass_number}; see what asked for it")
-        indexes = self.pass_indexes(plan, pass_number)
-        if indexes is None:
-            return plan.shard_range(shard)
-        part: list[int] = indexes[shard * plan.shard_images : (shard + 1) * plan.shard_images].tolist()
-        return part
+        size = plan.pass_shard_images(pass_number)
+        return self.selection(plan, pass_number).part(shard * size, (shard + 1) * size)
 
     def commit(self, plan: Plan, receipt: Receipt) -> bool:
         """Write the receipt, rows in index order; False when another's was first, which is as good.
@@ -182,13 +253,13 @@ class Ledger:
                 f"{where}: has {len(receipt.rows)} rows, which are not the shard's {len(expected)} images"
             )
         if receipt.failed:
-            self.store.put(_failure_key(plan, receipt.pass_number, receipt.shard), b"")
-        key = _receipt_key(plan, receipt.pass_number, receipt.shard)
+            self.store.put(failure_key(plan, receipt.pass_number, receipt.shard), b"")
+        key = receipt_key(plan, receipt.pass_number, receipt.shard)
         return self.store.create(key, receipt.to_parquet(), content_type=_PARQUET)
 
     def receipt(self, plan: Plan, pass_number: int, shard: int) -> Receipt:
         """Read one receipt. Raises ObjectMissingError, RecordError."""
-        key = _receipt_key(plan, pass_number, shard)
+        key = receipt_key(plan, pass_number, shard)
         receipt = Receipt.from_parquet(self.store.get(key), self._where(key))
         if (receipt.run, receipt.pass_number, receipt.shard) != (plan.run, pass_number, shard):
             raise RecordError(
@@ -203,16 +274,21 @@ class Ledger:
         for shard in self._receipted(plan, pass_number):
             if shard >= len(done):
                 raise RecordError(
-                    f"{self._where(_receipt_key(plan, pass_number, shard))}: pass {pass_number} has only "
+                    f"{self._where(receipt_key(plan, pass_number, shard))}: pass {pass_number} has only "
                     f"{len(done)} shards; see what wrote it, and delete it"
                 )
             done[shard] = True
         return done
 
+    def rendered(self, plan: Plan, pass_number: int, done: npt.NDArray[np.bool_]) -> int:
+        """How many images of a pass have a row, `done` being its `done_shards`."""
+        size = plan.pass_shard_images(pass_number)
+        return images_of_shards(done, images=self.pass_images(plan, pass_number), shard_images=size)
+
     def receipts(self, plan: Plan, pass_number: int, *, threads: int = 8) -> Generator[Receipt, None, None]:
         """Yield the receipts of a pass in shard order; at most `2 * threads` are read ahead."""
         shards = self._receipted(plan, pass_number)
-        return _prefetched(partial(self.receipt, plan, pass_number), shards, threads=threads)
+        return in_order(partial(self.receipt, plan, pass_number), shards, threads=threads, in_hand=2)
 
     def rows(self, plan: Plan) -> Iterator[ImageRow]:
         """Yield a row per image that has one, in index order; of several passes' rows, the latest. Memory is flat."""
@@ -229,39 +305,52 @@ class Ledger:
 
     def failed_indexes(self, plan: Plan) -> Indexes:
         """Images whose latest row is a failed one, ascending; reads only the receipts that failure markers name."""
-        failed: Indexes = np.empty(0, dtype=np.int64)
+        failed = _NO_INDEXES
         for number in range(1, self.passes(plan) + 1):
             done = self.done_shards(plan, number)
-            again = self.pass_indexes(plan, number)
-            if again is not None:
-                failed = np.setdiff1d(failed, again[np.repeat(done, plan.shard_images)[: len(again)]])
-            marked = self._numbers(_key(plan, f"failures/{number:04d}/"), "")
-            there = (shard for shard in marked if shard < len(done) and done[shard])
-            read = _prefetched(partial(self.receipt, plan, number), there, threads=8)
+            if len(failed):
+                places = self.selection(plan, number).places(failed)
+                failed = failed[(places < 0) | ~done[places // plan.pass_shard_images(number)]]
+            marked = self.failed_shards(plan, number, done)
+            read = in_order(partial(self.receipt, plan, number), marked, threads=8)
             found = [row.index for receipt in read for row in receipt.rows if row.status == "failed"]
             failed = np.union1d(failed, np.array(found, dtype=np.int64))
         return failed
 
+    def failed_shards(self, plan: Plan, pass_number: int, done: npt.NDArray[np.bool_]) -> list[int]:
+        """Shards of a pass that are done with a failed image, by their markers; `done` is its `done_shards`."""
+        marked = self._numbers(run_key(plan, f"failures/{pass_number:04d}/"), "")
+        return [shard for shard in marked if shard < len(done) and done[shard]]
+
     def put_totals(self, plan: Plan, pass_number: int, totals: Totals) -> None:
         """Close the pass."""
-        key = _key(plan, f"totals/{pass_number:04d}.json")
+        key = run_key(plan, f"totals/{pass_number:04d}.json")
         self.store.put(key, totals.model_dump_json().encode(), content_type=_JSON)
+
+    def closed(self, plan: Plan, pass_number: int) -> bool:
+        """Whether the pass has totals."""
+        return self.store.head(run_key(plan, f"totals/{pass_number:04d}.json")) is not None
+
+    def finished(self, plan: Plan) -> bool:
+        """Whether nothing of the run is left to render: its latest pass is closed, and it was not the pilot's."""
+        number = self.passes(plan)
+        return self.covered(plan, number) == plan.images and self.closed(plan, number)
 
     def totals(self, plan: Plan, pass_number: int | None = None) -> Totals | None:
         """What the job came to by the end of the pass (the latest where none is given); None while it is unfinished."""
-        key = _key(plan, f"totals/{pass_number or self.passes(plan):04d}.json")
+        key = run_key(plan, f"totals/{pass_number or self.passes(plan):04d}.json")
         try:
             return _parsed(Totals, self.store.get(key), self._where(key))
         except ObjectMissingError:
             return None
 
     def put_profile(self, profile: Profile) -> None:
-        key = _profile_key(profile.model, profile.device)
+        key = profile_key(profile.model, profile.device)
         self.store.put(key, profile.model_dump_json().encode(), content_type=_JSON)
 
     def profile(self, model: str, device: str) -> Profile | None:
         """What was measured last; None where nothing was. One that cannot be read is as good as none."""
-        key = _profile_key(model, device)
+        key = profile_key(model, device)
         try:
             return _parsed(Profile, self.store.get(key), self._where(key))
         except ObjectMissingError:
@@ -270,56 +359,45 @@ class Ledger:
             _log.warning("profile ignored", extra={"reason": exc.message})
             return None
 
+    def profiles(self, model: str) -> list[Profile]:
+        """What was measured of a model on each kind of device; those that cannot be read are left out."""
+        prefix = profile_prefix(model)
+        names = [info.key.removeprefix(prefix).removesuffix(".json") for info in self.store.list(prefix)]
+        return [profile for name in names if (profile := self.profile(model, name)) is not None]
+
+    def _stored_pass(self, plan: Plan, number: int) -> Indexes:
+        """The list of pass 2 or a later one; empty where it is no list."""
+        key = run_key(plan, f"passes/{number:04d}.npy")
+        kept = self._last_pass
+        if kept is not None and kept[0] == key:
+            return kept[1]
+        try:
+            indexes = np.load(io.BytesIO(self.store.get(key)), allow_pickle=False)
+        except (ValueError, EOFError) as exc:
+            raise RecordError(f"{self._where(key)}: not a list of image indexes ({exc}); restore the object") from exc
+        if not isinstance(indexes, np.ndarray) or indexes.dtype != np.int64 or indexes.ndim != 1:
+            raise RecordError(f"{self._where(key)}: not a list of image indexes; restore the object")
+        indexes.setflags(write=False)
+        self._last_pass = key, indexes
+        return indexes
+
     def _pass_rows(self, plan: Plan, number: int) -> Generator[ImageRow, None, None]:
         with closing(self.receipts(plan, number, threads=4)) as receipts:
             for receipt in receipts:
                 yield from receipt.rows
 
     def _receipted(self, plan: Plan, pass_number: int) -> Iterator[int]:
-        return self._numbers(_key(plan, f"receipts/{pass_number:04d}/"), ".parquet")
+        return self._numbers(run_key(plan, f"receipts/{pass_number:04d}/"), ".parquet")
 
     def _numbers(self, prefix: str, suffix: str) -> Iterator[int]:
         """The numbers that name objects under `prefix`, ascending; what else lies there is none of ours."""
         for info in self.store.list(prefix):
-            number = _number(info.key.removeprefix(prefix), suffix)
+            number = number_in(info.key.removeprefix(prefix), suffix)
             if number is not None:
                 yield number
 
     def _where(self, key: str) -> str:
         return f"{self.store.url}/{key}"
-
-
-def _plan_key(job: str, number: int) -> str:
-    return f"jobs/{job}/plans/{number:04d}.json"
-
-
-def _key(plan: Plan, name: str) -> str:
-    return f"jobs/{plan.job}/{plan.run}/{name}"
-
-
-def _receipt_key(plan: Plan, pass_number: int, shard: int) -> str:
-    return _key(plan, f"receipts/{pass_number:04d}/{shard:08d}.parquet")
-
-
-def _failure_key(plan: Plan, pass_number: int, shard: int) -> str:
-    return _key(plan, f"failures/{pass_number:04d}/{shard:08d}")
-
-
-def _profile_key(model: str, device: str) -> str:
-    return f"profiles/{_plain(model)}/{_plain(device)}.json"
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-.") or "-"
-
-
-def _is_name(job: str) -> bool:
-    return re.fullmatch(r"[^/\0]{1,200}", job) is not None and job not in (".", "..")
-
-
-def _number(name: str, suffix: str) -> int | None:
-    digits = name.removesuffix(suffix)
-    return int(digits) if name.endswith(suffix) and digits.isascii() and digits.isdigit() else None
 
 
 def _parsed(model: type[_Model], data: bytes, where: str) -> _Model:
@@ -333,21 +411,3 @@ def _parsed(model: type[_Model], data: bytes, where: str) -> _Model:
         raise RecordError(
             f"{where}: not a {model.__name__.lower()} ({field}: {first['msg']}); restore the object from a backup"
         ) from exc
-
-
-def _prefetched(
-    read: Callable[[_Item], _Result], items: Iterator[_Item], *, threads: int
-) -> Generator[_Result, None, None]:
-    """Yield `read` of each item in order, with at most `2 * threads` of them in hand."""
-    with ThreadPoolExecutor(threads, thread_name_prefix="farm-ledger") as pool:
-        ahead: deque[Future[_Result]] = deque()
-        try:
-            for item in items:
-                ahead.append(pool.submit(read, item))
-                if len(ahead) >= 2 * threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()

@@ -28,10 +28,12 @@ from pydantic_core import PydanticCustomError
 
 from farm.errors import ManifestError
 from farm.modelcard import ParamOverrides
+from farm.moment import moment
 from farm.yamlfile import Document, did_you_mean, read_yaml, shown, validate
 
 MAX_SEED = 2**32 - 1
 MAX_LIST = 100_000
+MAX_PILOT = 1_000_000
 NAME_RULE = "1 to 63 of a-z, 0-9, - and _, beginning with a letter or digit"
 
 ParamName = Literal["negative_prompt", "width", "height", "num_inference_steps", "guidance_scale"]
@@ -178,6 +180,19 @@ class Output(Section):
         return self
 
 
+class Budget(Section):
+    """What a job may use up before it stops by itself."""
+
+    gpu_hours: float | None = Field(default=None, gt=0, description="hours of GPUs at work on it, all together")
+    images: int | None = Field(default=None, gt=0, description="pictures rendered, those rendered again too")
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> "Budget":
+        if self.gpu_hours is None and self.images is None:
+            raise _fault("limits nothing; write gpu_hours, images or both, or leave budget out")
+        return self
+
+
 class Manifest(Section):
     """What to render. Prompts x sweep points x seeds are the images."""
 
@@ -191,7 +206,25 @@ class Manifest(Section):
         default={}, description="parameter -> list of values; every combination is rendered"
     )
     output: Output = Output()
+    pilot: int | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_PILOT,
+        description="render so many images, spread over the job, then wait for approval",
+    )
     priority: int = Field(default=50, ge=0, le=100, description="higher goes first")
+    finish_by: str | None = Field(default=None, description="ISO 8601 with an offset; the job stops then")
+    budget: Budget | None = Field(default=None, description="{gpu_hours, images}; the job stops when it is used up")
+
+    @field_validator("finish_by", mode="before")
+    @classmethod
+    def _moment_with_offset(cls, value: Any) -> Any:
+        if value is None:
+            return value
+        try:
+            return moment(value if isinstance(value, str) else shown(value)).isoformat()
+        except ValueError as exc:
+            raise _fault(str(exc)) from exc
 
     @field_validator("name")
     @classmethod
@@ -291,6 +324,16 @@ OTHER_NAMES = {
     **dict.fromkeys(("caption_column", "text_column"), "it is called column, in prompts"),
     **dict.fromkeys(("variables", "vars", "wildcards"), "it is called vary, in prompts"),
     **dict.fromkeys(("job", "title", "id_prefix"), "it is called name, at the top"),
+    **dict.fromkeys(
+        ("deadline", "due", "due_by", "finish", "finish_at", "end_by", "until"), "it is called finish_by, at the top"
+    ),
+    **dict.fromkeys(
+        ("gpu_hours", "max_gpu_hours", "max_hours", "max_images", "limit", "limits", "quota", "cost"),
+        "write budget: {gpu_hours: N, images: N}, or one of them",
+    ),
+    **dict.fromkeys(("preview", "trial", "dry_run", "test_images", "pilots"), "it is called pilot, at the top"),
+    **dict.fromkeys(("prio", "urgency"), "it is called priority, at the top"),
+    **dict.fromkeys(("owner", "user", "submitted_by"), "the owner is a setting: FARM_OWNER"),
     **dict.fromkeys(("output_dir", "outdir", "out"), "the store is a setting: FARM_STORE or --store"),
 }
 
@@ -302,6 +345,7 @@ _FIELD_LISTS: dict[str, tuple[str, ...]] = {
     "params": get_args(ParamName),
     "sweep": get_args(ParamName),
     "output": tuple(Output.model_fields),
+    "budget": tuple(Budget.model_fields),
 }
 
 _PARAM_TYPES: dict[str, TypeAdapter[Any]] = {

@@ -1,12 +1,13 @@
 """A plan: everything that decides a pixel of a job, frozen, and image index <-> image by arithmetic.
 
 Images lie in the order rows x sweep points x seeds, seeds fastest: `index = (row * points + point) * seeds + slot`.
-Nothing of the job's size is ever built. Knows nothing of files, stores or devices; `created_at`, `run` and the
-priority are the only fields which may differ between two plans that draw the same pictures.
+Nothing of the job's size is ever built. Knows nothing of files, stores or devices; `created_at`, `run`, the owner, the
+priority, the limits and the estimate are the only fields which may differ between two plans that draw the same pictures.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -17,7 +18,8 @@ from farm.manifest import MAX_SEED, Manifest, Output
 from farm.modelcard import ModelCard, ParamOverrides, RenderParams, merged
 from farm.sweep import Template
 
-VERSION = 1
+VERSION = 2
+"""Version 1 knew no owner and no pilot; its plans are read as having none."""
 PART_ROWS = 65_536
 MAX_IMAGES = 2**53
 MAX_SHARD_IMAGES = 10_000
@@ -113,6 +115,7 @@ class Plan(Record):
     job: str
     run: str = Field(description="8 random hex digits; all of the run's objects lie under it")
     created_at: str = Field(description="ISO 8601, UTC")
+    owner: str = Field(default="", description="who submitted it; shares of the farm are by owner")
     manifest: Manifest
     card: ModelCard
     prompts: PromptTable
@@ -122,7 +125,12 @@ class Plan(Record):
     numerics: Numerics
     output: Output
     shard_images: int = Field(gt=0)
+    pilot: int | None = Field(default=None, gt=0, description="images of pass 1, where the others wait for approval")
+    pilot_shard_images: int | None = Field(default=None, gt=0, description="of the pilot's shards, where there is one")
     images: int = Field(gt=0)
+    estimated_seconds_per_image: float | None = Field(
+        default=None, gt=0, description="of one renderer, as it was planned; None where nobody knew"
+    )
     digest: str
     appended_to: str | None = Field(default=None, description="the run whose rows this one's follow")
 
@@ -151,16 +159,25 @@ class Plan(Record):
         params: RenderParams,
         numerics: Numerics,
         shard_images: int,
+        pilot: int | None = None,
+        pilot_shard_images: int | None = None,
+        owner: str = "",
         appended_to: str | None = None,
+        estimated_seconds_per_image: float | None = None,
     ) -> Self:
-        """Make a plan with its image count and digest. Raises ManifestError above 2**53 images."""
+        """Make a plan with its image count and digest; a pilot of all images or more is none.
+
+        Raises ManifestError above 2**53 images.
+        """
         images = prompts.rows * len(sweep) * seeds.count
         if images > MAX_IMAGES:
             raise ManifestError(
                 f"{manifest.name}: {prompts.rows} prompts x {len(sweep)} sweep points x {seeds.count} seeds "
                 f"are {images} images, more than the {MAX_IMAGES} a job may have; cut it into several jobs"
             )
-        decides = {
+        if pilot is not None and pilot >= images:
+            pilot = None
+        decides: dict[str, Any] = {
             "prompts": prompts.digest,
             "rows": prompts.rows,
             "model": card_identity(card),
@@ -171,10 +188,16 @@ class Plan(Record):
             "output": manifest.output.model_dump(mode="json"),
             "shard_images": shard_images,
         }
+        if pilot is None:
+            pilot_shard_images = None
+        else:
+            pilot_shard_images = pilot_shard_images or shard_images
+            decides["pilot"] = {"images": pilot, "shard_images": pilot_shard_images}
         return cls(
             job=manifest.name,
             run=run,
             created_at=created_at,
+            owner=owner,
             manifest=manifest,
             card=card,
             prompts=prompts,
@@ -184,7 +207,10 @@ class Plan(Record):
             numerics=numerics,
             output=manifest.output,
             shard_images=shard_images,
+            pilot=pilot,
+            pilot_shard_images=pilot_shard_images,
             images=images,
+            estimated_seconds_per_image=estimated_seconds_per_image,
             digest=canonical_digest(decides),
             appended_to=appended_to,
         )
@@ -196,11 +222,18 @@ class Plan(Record):
 
     @property
     def shards(self) -> int:
-        """How many shards pass 1 has."""
-        return -(-self.images // self.shard_images)
+        """How many shards it takes to render every image once, a pilot's and the others'."""
+        pilot = self.pilot or 0
+        return -(-pilot // self.pass_shard_images(1)) + -(-(self.images - pilot) // self.shard_images)
+
+    def pass_shard_images(self, pass_number: int) -> int:
+        """Images per shard of a pass: those of a pilot may be smaller."""
+        if pass_number == 1 and self.pilot_shard_images is not None:
+            return self.pilot_shard_images
+        return self.shard_images
 
     def shard_range(self, shard: int) -> range:
-        """Return the image indexes of one shard of pass 1. Raises IndexError when there is no such shard."""
+        """Return the image indexes of one shard of a plan without a pilot. Raises IndexError for others' numbers."""
         if not 0 <= shard < self.shards:
             raise IndexError(f"job {self.job} has shards 0 to {self.shards - 1}, not {shard}")
         start = shard * self.shard_images
@@ -233,9 +266,11 @@ class Plan(Record):
 
 
 def shard_size(*, images: int, batch: int, renderers: int, seconds_per_image: float | None) -> int:
-    """Return images per shard: about three minutes' work, at most a quarter of the job per renderer, whole batches.
+    """Return images per shard: about three minutes' work, at most a quarter of the images per renderer, whole batches.
 
-    At least one batch, at most 10,000 images (one batch, where that is larger). Eight batches, the speed unknown.
+    `images`: of the job, or of its pilot, whose shards have a size of their own: a pilot of 200 images is spread over all
+    renderers, and does not cut the ten million that follow into its crumbs. At least one batch, at most 10,000
+    images (one batch, where that is larger). Eight batches, the speed unknown.
     """
     if seconds_per_image is None or seconds_per_image <= 0:
         wanted = UNKNOWN_SPEED_BATCHES * batch
@@ -243,6 +278,12 @@ def shard_size(*, images: int, batch: int, renderers: int, seconds_per_image: fl
         wanted = int(min(SHARD_SECONDS / seconds_per_image, MAX_SHARD_IMAGES))
     wanted = min(wanted, images // (4 * max(renderers, 1)), MAX_SHARD_IMAGES)
     return max(wanted // batch, 1) * batch
+
+
+def mean_work(params: RenderParams, points: Sequence[ParamOverrides]) -> float:
+    """Return pixels x steps of an image, on average over a sweep's points: what its time is taken to grow with."""
+    every = [merged(params, point) for point in points]
+    return sum(one.width * one.height * one.num_inference_steps for one in every) / len(every)
 
 
 def card_identity(card: ModelCard) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from farm.errors import NewerVersionError
 
-VERSION = 1
+VERSION = 2
 
 
 class Record(BaseModel):
@@ -81,6 +81,10 @@ def standing(controls: Iterable[Control]) -> Standing:
     return found
 
 
+DEVICE_STAGES = ("load", "encode", "denoise", "decode")
+"""Stages of a receipt's seconds in which the device is in use; the others run beside it."""
+
+
 class Totals(Record):
     """What a job came to by the end of a pass: over all its images, the latest pass of each."""
 
@@ -95,6 +99,23 @@ class Totals(Record):
     started_at: str = Field(description="ISO 8601, UTC")
     finished_at: str = Field(description="ISO 8601, UTC")
     wall_seconds: float = Field(ge=0, description="in which a shard was in hand; longer pauses are left out")
+    planned_gpu_seconds: float | None = Field(
+        default=None, ge=0, description="what planning expected of `gpu_seconds`; None where the speed was not known"
+    )
+
+    @property
+    def gpu_seconds(self) -> float:
+        """Seconds in which renderers had their devices in use, summed over them and all passes; loading counts."""
+        return round(sum(self.seconds.get(stage, 0.0) for stage in DEVICE_STAGES), 3)
+
+
+class Tombstone(Record):
+    """Says that a job is being deleted. `runs`: those that had objects when it was written."""
+
+    job: str
+    at: str = Field(description="ISO 8601, UTC")
+    by: str
+    runs: tuple[str, ...] = ()
 
 
 class Profile(Record):

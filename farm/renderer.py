@@ -10,31 +10,38 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from farm.cores import Cores, Place
 from farm.engine import Engine
 from farm.errors import CancelledError, DeviceLostError, FarmError, FarmUnavailableError, RecordError
 from farm.export import finalise
-from farm.lease import RENEW_S, Ask, Beat, Completion, GiveBack, Hello, Lease, Renewal, Reply, Report
+from farm.lease import RENEW_S, Ask, Beat, Completion, GiveBack, Hello, Lease, Renewal, Reply
 from farm.ledger import Ledger
 from farm.plan import Plan
 from farm.shard import ShardProgress, ShardRunner
+from farm.task import Task
+from farm.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CALL_AGAIN_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+CALL_AGAIN_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Pauses before a call to a dispatcher that did not answer is made again; the last repeats."""
 
 RUNNERS_KEPT = 4
 ANNOUNCE_S = 5.0
 """How long a batch that may end this process waits for the dispatcher to know of it."""
+WATCH_S = 1.0
+"""How often a renderer looks whether it is stuck."""
 DEVICE_LOST_EXIT = 70
+STUCK_EXIT = 71
+REPLACED_EXIT = 72
 
 
 class Link(Protocol):
@@ -56,68 +63,14 @@ class Link(Protocol):
         """Tell that a lease ended without a receipt."""
 
 
-@dataclass(slots=True)
-class _Task:
-    """A lease in hand. `asks_next` turns true when its last batch starts."""
-
-    lease: Lease
-    stop: threading.Event = field(default_factory=threading.Event)
-    progress: ShardProgress = field(default_factory=ShardProgress)
-    asks_next: bool = False
-    cores: int = 0
-
-
-class Cores:
-    """What a device is shared out in: the cores of a CPU renderer, or the one place of a GPU."""
-
-    def __init__(self, total: int):
-        self.total = total
-        self._free = total
-        self._changed = threading.Condition()
-
-    def take(self, count: int, *, timeout: float) -> bool:
-        """Take so many at once, or none; waits for `timeout` seconds."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._free >= count, timeout):
-                return False
-            self._free -= count
-            return True
-
-    def give_back(self, count: int) -> None:
-        """Let others have them."""
-        with self._changed:
-            self._free += count
-            self._changed.notify_all()
-
-
-class _Place:
-    """A shard's hold on its share of the device, and on the engine that it uses there; acquired and released as a lock."""
-
-    def __init__(self, cores: Cores, count: int, engine_back: Callable[[Engine], None]):
-        self._cores = cores
-        self._count = count
-        self._engine_back = engine_back
-        self._engine: Engine | None = None
-
-    def acquire(self, *, timeout: float) -> bool:
-        return self._cores.take(self._count, timeout=timeout)
-
-    def use(self, engine: Engine) -> Engine:
-        self._engine = engine
-        return engine
-
-    def release(self) -> None:
-        if self._engine is not None:
-            self._engine_back(self._engine)
-            self._engine = None
-        self._cores.give_back(self._count)
-
-
 class Renderer:
     """One device's worker. `device` is torch's name of it, `device_name` what receipts call it.
 
+    Of two processes of one `name` the one with the greater `incarnation` is the renderer, and the other ends itself.
+
     `work` returns when it was retired and everything in hand has ended. A device that failed takes every later batch
-    with it: `end_process` then ends this process, and another takes its place.
+    with it, and a call that hangs keeps its device for ever: `end_process` then ends this process, and another takes its
+    place. While no dispatcher answers, what is in hand is rendered and stored to its end, and nothing more is begun.
     """
 
     def __init__(
@@ -131,6 +84,7 @@ class Renderer:
         vram_gib: float,
         ledger: Ledger,
         link: Link,
+        watchdog: Watchdog | None = None,
         end_process: Callable[[int], object] = os._exit,
     ):
         self.name = name
@@ -140,10 +94,13 @@ class Renderer:
         self._vram_gib = vram_gib
         self._ledger = ledger
         self._link = link
+        self._watchdog = watchdog or Watchdog()
         self._end_process = end_process
         self._epoch = ""
         self._sequence = 0
-        self._tasks: dict[str, _Task] = {}
+        self._beat_s = RENEW_S
+        self._replaced = False
+        self._tasks: dict[str, Task] = {}
         self._changed = asyncio.Event()
         self._retired = asyncio.Event()
         self._threads = ThreadPoolExecutor(cores + 1, thread_name_prefix="shard")
@@ -157,6 +114,8 @@ class Renderer:
     async def work(self) -> None:
         """Ask for leases and serve them until retired."""
         beat = asyncio.create_task(self._beat())
+        ended = threading.Event()
+        threading.Thread(target=self._watch, args=(ended,), name="watchdog", daemon=True).start()
         serving: set[asyncio.Task[None]] = set()
         try:
             while not self._retired.is_set():
@@ -172,7 +131,10 @@ class Renderer:
             await asyncio.gather(*serving)
         finally:
             beat.cancel()
+            ended.set()
             self._threads.shutdown(wait=False)
+            if self._replaced:
+                self._end_process(REPLACED_EXIT)
 
     def retire(self) -> None:
         """Take no more leases, and give back those in hand within a denoising step."""
@@ -187,11 +149,19 @@ class Renderer:
         if task:
             task.stop.set()
 
+    def revoke(self, token: str) -> None:
+        """Give a lease back if the device has not begun with it; one that has begun goes on."""
+        task = self._tasks.get(token)
+        if task:
+            task.revoke()
+
     # The event loop's side
 
     def _has_room(self) -> bool:
         """One more shard than the device has room for: its prompts are read, and it starts when another's last batch ends."""
-        wanted = sum(task.cores or self._cores.total for task in self._tasks.values() if not task.asks_next)
+        wanted = sum(
+            task.cores or self._cores.total for task in self._tasks.values() if task.stop.is_set() or not task.asks_next
+        )
         return wanted < self._cores.total and len(self._tasks) <= self._cores.total
 
     async def _ask_unless_retired(self) -> Lease | None:
@@ -210,6 +180,8 @@ class Renderer:
         try:
             reply = await self._call(lambda: self._link.ask(question))
             self._sequence += 1
+            if reply.replaced:
+                self._leave()
             if reply.meet:
                 self._epoch = reply.epoch
                 await self._call(self._meet)
@@ -225,19 +197,29 @@ class Renderer:
         for token in await self._link.meet(Hello(self.name, self._incarnation, self._device_name, held)):
             self.drop(token)
 
+    def _leave(self) -> None:
+        """Put everything down and end this process: another has this renderer's name, since this one was given up."""
+        log.warning("replaced, this process ends", extra={"renderer": self.name, "incarnation": self._incarnation})
+        self._replaced = True
+        self.retire()
+
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(RENEW_S)
-            reports = tuple(_report(task) for task in self._tasks.values() if not task.stop.is_set())
+            await asyncio.sleep(self._beat_s)
             try:
-                await self._renew(reports, whole=True)
+                await self._renew()
             except FarmUnavailableError:
                 log.info("no answer to a beat", extra={"renderer": self.name})
             except Exception:
                 log.exception("the dispatcher failed on a beat", extra={"renderer": self.name})
 
-    async def _renew(self, reports: tuple[Report, ...], *, whole: bool) -> None:
-        renewal = await self._link.renew(Beat(self.name, self._incarnation, self._epoch, reports, whole))
+    async def _renew(self) -> None:
+        """Report on every lease in hand, so that what the dispatcher knows is of one moment."""
+        reports = tuple(task.report() for task in self._tasks.values() if not task.stop.is_set())
+        renewal = await self._link.renew(Beat(self.name, self._incarnation, self._epoch, reports))
+        self._beat_s = renewal.every_s
+        if renewal.replaced:
+            self._leave()
         if renewal.meet:
             self._epoch = renewal.epoch
             await self._meet()
@@ -245,11 +227,12 @@ class Renderer:
             self.drop(token)
 
     async def _serve(self, lease: Lease) -> None:
-        task = _Task(lease)
+        task = Task(lease)
         self._tasks[lease.token] = task
         loop = asyncio.get_running_loop()
         try:
             end = await loop.run_in_executor(self._threads, self._result, task, loop)
+            task.ended = True
             if isinstance(end, Completion):
                 await self._call(lambda: self._link.complete(end))
                 return
@@ -278,19 +261,33 @@ class Renderer:
 
     # The threads' side
 
-    def _result(self, task: _Task, loop: asyncio.AbstractEventLoop) -> Completion | GiveBack:
+    def _watch(self, ended: threading.Event) -> None:
+        while not ended.wait(WATCH_S):
+            at_work = [task.report() for task in list(self._tasks.values()) if not task.ended]
+            stuck = self._watchdog.look(at_work, now=time.monotonic())
+            if stuck is not None:
+                log.critical(
+                    "stuck, this process ends",
+                    extra={"renderer": self.name, "token": stuck.token, "stage": stuck.stage, "images": stuck.in_hand},
+                )
+                self._end_process(STUCK_EXIT)
+                return
+
+    def _result(self, task: Task, loop: asyncio.AbstractEventLoop) -> Completion | GiveBack:
         """Work on a lease to its end, whichever it is."""
         lease = task.lease
         try:
             return self._work_on(task, loop)
         except FarmError as exc:
-            code = "retired" if self._retired.is_set() and isinstance(exc, CancelledError) else exc.code
+            code = exc.code
+            if isinstance(exc, CancelledError):
+                code = "revoked" if task.revoked else "retired" if self._retired.is_set() else code
             return GiveBack(lease, self.name, code, exc.message)
         except Exception as exc:
             log.exception("lease failed", extra={"renderer": self.name, "job": lease.job, "shard": lease.shard})
             return GiveBack(lease, self.name, "internal", f"{type(exc).__name__}: {exc}")
 
-    def _work_on(self, task: _Task, loop: asyncio.AbstractEventLoop) -> Completion:
+    def _work_on(self, task: Task, loop: asyncio.AbstractEventLoop) -> Completion:
         lease = task.lease
         runner = self._runner(lease)
         if lease.task == "finalise":
@@ -306,13 +303,14 @@ class Renderer:
 
         task.cores = min(runner.plan.numerics.threads, self._cores.total)
         loop.call_soon_threadsafe(self._changed.set)
-        place = _Place(self._cores, task.cores, self._engines_back)
+        place = Place(self._cores, task.cores, begin=task.begin, engine_back=self._engines_back)
         receipt = runner.run(
             pass_number=lease.pass_number,
             shard=lease.shard,
             attempt=lease.attempt,
             skip=lease.skip,
             alone=lease.alone,
+            cautious=lease.cautious,
             engine=lambda plan: place.use(self._engine_for(plan)),
             on_device=place,
             on_progress=on_progress,
@@ -321,7 +319,9 @@ class Renderer:
         failed = sum(row.status == "failed" for row in receipt.rows)
         return Completion(lease, self.name, len(receipt.rows) - failed, failed, receipt.seconds)
 
-    def _finalise(self, task: _Task, plan: Plan, loop: asyncio.AbstractEventLoop) -> Completion:
+    def _finalise(self, task: Task, plan: Plan, loop: asyncio.AbstractEventLoop) -> Completion:
+        if not task.begin():
+            raise CancelledError("the lease was asked back before it had begun")
         task.asks_next = True  # it needs no device
         loop.call_soon_threadsafe(self._changed.set)
 
@@ -332,9 +332,9 @@ class Renderer:
         totals = finalise(self._ledger, plan, task.lease.pass_number, on_rows=on_rows)
         return Completion(task.lease, self.name, totals.ok, totals.failed)
 
-    def _announce(self, task: _Task, loop: asyncio.AbstractEventLoop) -> None:
+    def _announce(self, task: Task, loop: asyncio.AbstractEventLoop) -> None:
         """Let the dispatcher know what is in hand before it can end this process; for ANNOUNCE_S at most."""
-        told = asyncio.run_coroutine_threadsafe(self._renew((_report(task),), whole=False), loop)
+        told = asyncio.run_coroutine_threadsafe(self._renew(), loop)
         try:
             told.result(timeout=ANNOUNCE_S)
         except (TimeoutError, FarmUnavailableError):
@@ -376,8 +376,3 @@ class Renderer:
     def _engines_back(self, engine: Engine) -> None:
         with self._engines_lock:
             self._engines.append(engine)
-
-
-def _report(task: _Task) -> Report:
-    progress = task.progress
-    return Report(task.lease.token, progress.stage, progress.ticks, progress.fraction, progress.in_hand)

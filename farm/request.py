@@ -13,7 +13,7 @@ from farm.errors import FarmError, ManifestError
 from farm.ledger import Ledger
 from farm.manifest import LoadedManifest, Manifest
 from farm.modelcard import ModelCard, ParamOverrides, RenderParams, find_card, merged, param_fault, pinned
-from farm.plan import Numerics
+from farm.plan import Numerics, mean_work
 from farm.settings import Settings
 from farm.sources import StoreOpener
 from farm.storage.opening import open_store
@@ -34,6 +34,7 @@ class Request:
     device: str
     renderers: int
     open_store: StoreOpener
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ def prepare(loaded: LoadedManifest, settings: Settings, *, device: DeviceInfo, r
         device=device.name,
         renderers=renderers,
         open_store=partial(open_store, settings=settings),
+        owner=settings.owner or "",
     )
 
 
@@ -88,17 +90,11 @@ def speed_of(request: Request, ledger: Ledger | None) -> Speed:
         then = (profile.width, profile.height, profile.num_inference_steps)
         if then == (params.width, params.height, params.num_inference_steps) and request.points == (ParamOverrides(),):
             return Speed(profile.seconds_per_image, "measured")
-        return Speed(profile.seconds_per_image * _mean_work(request) / math.prod(then), "estimated")
+        return Speed(profile.seconds_per_image * mean_work(params, request.points) / math.prod(then), "estimated")
     if kind in card.seconds_per_image:
         base = card.defaults.width * card.defaults.height * card.defaults.num_inference_steps
-        return Speed(card.seconds_per_image[kind] * _mean_work(request) / base, "estimated")
+        return Speed(card.seconds_per_image[kind] * mean_work(params, request.points) / base, "estimated")
     return Speed(None, "unknown")
-
-
-def _mean_work(request: Request) -> float:
-    """Return pixels x steps, on average over the sweep's points."""
-    every = [merged(request.params, point) for point in request.points]
-    return sum(one.width * one.height * one.num_inference_steps for one in every) / len(every)
 
 
 def _check_point(

@@ -3,10 +3,11 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import SettingsError as UnreadableError
 
 from farm.errors import SettingsError
 
@@ -32,6 +33,15 @@ class Settings(BaseSettings):
     vram_gib: float = Field(default=16.0, gt=0, description="GPU memory one renderer may use, GiB")
     address: str | None = Field(
         default=None, description="Ray address of a running farm; this machine's own where empty"
+    )
+    owner: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=100,
+        description="whose jobs are submitted here; the user's name where empty",
+    )
+    shares: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default={}, description="owner -> weight of their share of the GPUs' time; 1 for who is not named"
     )
     runtime_dir: Path = Field(
         default_factory=lambda: Path(f"/tmp/farm-{os.getuid()}"),
@@ -63,8 +73,14 @@ def load_settings(**flags: object) -> Settings:
             near = difflib.get_close_matches(name, list(Settings.model_fields), n=1)
             advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(Settings.model_fields)}"
             raise SettingsError(f"farm.toml: unknown key {name}; {advice}") from exc
+        variable = f"FARM_{str(first['loc'][0]).upper()}" if first["loc"] else "the variable"
         raise SettingsError(
-            f"setting {name}: {first['msg']}, got {first['input']!r}; mend FARM_{name.upper()}, farm.toml or the flag"
+            f"setting {name}: {first['msg']}, got {first['input']!r}; mend {variable}, farm.toml or the flag"
+        ) from exc
+    except UnreadableError as exc:
+        raise SettingsError(
+            f"variable FARM_SHARES is no JSON, got {os.environ.get('FARM_SHARES', '')!r}; write it as "
+            """'{"alice": 2, "bob": 1}'"""
         ) from exc
     except (OSError, ValueError) as exc:
         raise SettingsError(f"farm.toml: {exc}; mend it, or move it away") from exc

@@ -104,6 +104,7 @@ class ShardRunner:
         on_device: Place,
         skip: frozenset[int] = frozenset(),
         alone: frozenset[int] = frozenset(),
+        cautious: bool = False,
         on_progress: OnProgress = lambda progress: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Receipt:
@@ -111,7 +112,8 @@ class ShardRunner:
 
         `engine` gives the loaded engine of a plan and is called with `on_device` held; the lock is let go as soon as
         the last batch is drawn, so that the next shard draws while this one's pictures are stored. `skip`: images that
-        become failed rows untried, since they ended their renderers. `alone`: images drawn outside their batch. From the
+        become failed rows untried, since they ended their renderers. `alone`: images drawn outside their batch. `cautious`: so
+        are all of them, and none is encoded before its turn. From the
         second `attempt` on every batch is announced before it starts. `on_progress` is called from several threads, one
         at a time, and each call tells what was true after the one before.
 
@@ -128,7 +130,13 @@ class ShardRunner:
         with self._prompts_lock:
             specs = self._prompts.specs(indexes)
         draw = _Drawing(
-            specs, skip=skip, alone=alone, announce=attempt > 1, on_progress=on_progress, cancelled=cancelled
+            specs,
+            skip=skip,
+            alone=frozenset(indexes) if cautious else alone,
+            ahead=not cautious,
+            announce=attempt > 1 or cautious,
+            on_progress=on_progress,
+            cancelled=cancelled,
         )
         writer = Writer(
             self._ledger.store,
@@ -154,8 +162,8 @@ class ShardRunner:
             run=plan.run,
             pass_number=pass_number,
             shard=shard,
-            start=shard * plan.shard_images,
-            stop=shard * plan.shard_images + len(specs),
+            start=shard * plan.pass_shard_images(pass_number),
+            stop=shard * plan.pass_shard_images(pass_number) + len(specs),
             attempt=attempt,
             renderer=self._renderer,
             device=self._device,
@@ -243,6 +251,7 @@ class _Drawing:
         *,
         skip: frozenset[int],
         alone: frozenset[int],
+        ahead: bool,
         announce: bool,
         on_progress: OnProgress,
         cancelled: Callable[[], bool],
@@ -250,6 +259,7 @@ class _Drawing:
         self._specs = specs
         self._skip = skip
         self._ask_alone = alone
+        self._encodes_ahead = ahead
         self._announce = announce
         self._on_progress = on_progress
         self._cancelled = cancelled
@@ -280,19 +290,22 @@ class _Drawing:
         engine = load()
         self.seconds["load"] = time.perf_counter() - started
         batches = [part for batch in self._cut(engine) for part in self._parts(batch)]
+        if self._encodes_ahead:
+            self._encode_ahead(engine, batches)
+        for number, batch in enumerate(batches, start=1):
+            self._draw(engine, batch, writer, last_batch=number == len(batches))
+
+    def _encode_ahead(self, engine: Engine, batches: list[Batch]) -> None:
         try:
             self._ahead, took = engine.encode_ahead(batches, on_step=self._on_step, cancelled=self._cancelled)
-            self.seconds["encode"] += took
         except RenderError as exc:
             # Each batch encodes its own then, and the prompt that cannot be encoded fails with its batch.
             log.warning("encoding ahead failed", extra={"reason": exc.message})
-            ahead = False
         else:
-            ahead = True
-        if not ahead:
-            engine.recover()
-        for number, batch in enumerate(batches, start=1):
-            self._draw(engine, batch, writer, last_batch=number == len(batches))
+            self.seconds["encode"] += took
+            return
+        # Only here, past the block, have the exception and the tensors of its frames gone.
+        engine.recover()
 
     def _cut(self, engine: Engine) -> list[Batch]:
         """Cut the planned batches; an image whose prompt the tokenizer fails on, twice and alone, fails and is left out."""

@@ -7,19 +7,24 @@ drawn once (roots, seeds of -1, the run's name) is never drawn again: an equal m
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, islice
 from typing import Literal
 
 from farm.comparison import compare, numerics_differences
-from farm.errors import FarmError, ManifestError, PlanChangedError, PromptError, RowsAppendedError
+from farm.errors import ControlError, FarmError, ManifestError, PlanChangedError, PromptError, RowsAppendedError
 from farm.knownrows import KnownRows
 from farm.ledger import Ledger
+from farm.limits import Limits, limits_of, restated, stated
 from farm.manifest import PromptTemplate, SeedCount
 from farm.modelcard import ParamOverrides, merged
+from farm.outlook import Outlook, outlook
 from farm.plan import ImageSpec, Plan, SeedRule, shard_size
 from farm.prompts import Frozen, freeze, known_rows
+from farm.records import Standing, standing
 from farm.request import Request, Speed, prepare, speed_of
+from farm.status import images_done
 
 __all__ = ["Draft", "Request", "Speed", "Submission", "draft", "prepare", "submit"]
 
@@ -35,8 +40,9 @@ class Draft:
     """What a manifest would come to. Nothing was written for it.
 
     `sizes`: images by (width, height). `drawn`: seeds or prompts in `first` will be drawn anew when it is submitted.
-    `state`: what submitting would do; `changes` says what differs. `seconds`: on all renderers together. `size_bytes`:
-    of the pictures, where an earlier run of the job tells.
+    `state`: what submitting would do; `changes` says what differs, where it is resumed the priority or limits that would be
+    changed. `seconds`: on all renderers together. `size_bytes`: of the pictures, where an earlier run of the job tells.
+    `outlook`: whether it keeps its limits.
     """
 
     plan: Plan
@@ -48,6 +54,7 @@ class Draft:
     size_bytes: int | None
     state: Literal["new", "resume", "appended", "changed"]
     changes: tuple[str, ...]
+    outlook: Outlook
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +63,25 @@ class Submission:
 
     `numerics_differ`: what of this machine differs, as `torch: 2.13.0 -> 2.14.0`, from the plan's numerics, where rendering
     the plan here would mix; of a run created for appended rows, from those of the run before it. `waiting_rows`: appended
-    rows that wait until the run in hand has ended.
+    rows that wait until the run in hand has ended. `changed`: the priority or limits that the manifest states anew, as
+    `priority: 50 -> 80`; said to the job. `kept`: the limits that hold though the manifest leaves them out.
     """
 
     plan: Plan
     outcome: Literal["created", "resumed"]
     numerics_differ: tuple[str, ...] = ()
     waiting_rows: int = 0
+    changed: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
-def draft(request: Request, ledger: Ledger | None = None) -> Draft:
-    """Work out what submitting would do, without writing. Raises ManifestError, PromptError, StoreError."""
+def draft(request: Request, ledger: Ledger | None = None, *, now: str) -> Draft:
+    """Work out what submitting would do, without writing; `now` is ISO 8601, UTC.
+
+    Raises ControlError where the job is being deleted, ManifestError, PromptError, StoreError.
+    """
+    if ledger:
+        _refuse_deleted(request, ledger)
     frozen = _freeze(request, root=0)
     speed = speed_of(request, ledger)
     numbers = count(1)
@@ -79,11 +94,24 @@ def draft(request: Request, ledger: Ledger | None = None) -> Draft:
     state: Literal["new", "resume", "appended", "changed"] = "new"
     changes: tuple[str, ...] = ()
     size_bytes = None
+    limits = limits_of(request.manifest, Standing())
+    if not plans:
+        _refuse_passed(request, limits, now)
+    left = plan.images
     if plans and ledger:
         found = compare(request, frozen.table, plans, ledger)
         state, changes = found.state, found.changes
         if state == "resume":
             plan = plans[-1]
+            left = plan.images - images_done(ledger, plan)
+        elif state == "appended":
+            left = found.new * len(plan.sweep) * plan.seeds.count + plans[-1].images - images_done(ledger, plans[-1])
+        if state != "changed":
+            limits = _limits(ledger, plans)
+            if left:
+                said = limits.differing(restated(request.manifest, plans[-1].manifest))
+                changes += limits.words(said)
+                limits = replace(limits, **said.given)
         totals = ledger.totals(plans[-1])
         if totals is not None and totals.ok:
             size_bytes = totals.bytes * plan.images // totals.ok
@@ -107,23 +135,43 @@ def draft(request: Request, ledger: Ledger | None = None) -> Draft:
         size_bytes=size_bytes,
         state=state,
         changes=changes,
+        outlook=outlook(
+            limits,
+            now=now,
+            images=sum(one.images for one in plans[:-1]) + plan.images if state == "resume" else plan.images,
+            left=left,
+            seconds_per_image=speed.seconds_per_image,
+            renderers=request.renderers,
+            batch=plan.numerics.batch,
+        ),
     )
 
 
 def submit(
-    request: Request, ledger: Ledger, *, now: str, append: bool = False, bits: Bits = secrets.randbits
+    request: Request,
+    ledger: Ledger,
+    *,
+    now: str,
+    by: str = "",
+    append: bool = False,
+    bits: Bits = secrets.randbits,
 ) -> Submission:
     """Create the job, or find the equal one that exists; `now` is ISO 8601, UTC.
 
     `append`: rows appended to a keyed prompt file become a new run of just those. While the run before is unfinished
-    that one is resumed first, and `waiting_rows` says how many wait. Raises PlanChangedError when the job was planned
-    from something else, RowsAppendedError when rows were appended and `append` is not set, and what `draft` raises.
+    that one is resumed first, and `waiting_rows` says how many wait. A priority or a limit that the manifest of a job which
+    exists states anew is said to it as a `change` by `by`, the owner where empty; one that it leaves out stays. Raises
+    PlanChangedError when the job was planned from something else, RowsAppendedError when rows were appended and `append` is
+    not set, and what `draft` raises.
     """
+    _refuse_deleted(request, ledger)
     plans = ledger.plans(request.manifest.name)
     if not plans:
+        _refuse_passed(request, limits_of(request.manifest, Standing()), now)
         plan = _create(request, ledger, plans, now=now, bits=bits)
         if plan is not None:
             return Submission(plan, "created")
+        _refuse_deleted(request, ledger)
         plans = ledger.plans(request.manifest.name)
     newest = plans[-1]
     found = compare(request, _freeze(request, root=0).table, plans, ledger)
@@ -132,21 +180,49 @@ def submit(
             f"job {newest.job} exists and was planned from something else: {'; '.join(found.changes)}. "
             "Give this manifest a new name, or put the old values back"
         )
-    finished = ledger.totals(newest) is not None
-    if found.state == "appended":
-        if not append:
-            raise RowsAppendedError(
-                f"job {newest.job} exists and {found.new} rows were added to its prompts since; --append renders just "
-                "those, as a new run of the job"
-            )
-        if finished:
-            plan = _create(request, ledger, plans, now=now, bits=bits)
-            if plan is not None:
-                return Submission(plan, "created", numerics_differences(newest.numerics, plan.numerics))
-            return submit(request, ledger, now=now, append=append, bits=bits)
-    if not finished:
-        ledger.open(newest.job)
-    return Submission(newest, "resumed", numerics_differences(newest.numerics, request.numerics), found.new)
+    if found.state == "appended" and not append:
+        raise RowsAppendedError(
+            f"job {newest.job} exists and {found.new} rows were added to its prompts since; --append renders just "
+            "those, as a new run of the job"
+        )
+    finished = ledger.finished(newest)
+    if finished and found.state == "resume":
+        return Submission(newest, "resumed", numerics_differences(newest.numerics, request.numerics))
+    before = _limits(ledger, plans)
+    new = before.differing(restated(request.manifest, newest.manifest))
+    if new.finish_by is not None:
+        _refuse_passed(request, replace(before, finish_by=new.finish_by), now)
+    made = Submission(newest, "resumed", numerics_differences(newest.numerics, request.numerics), found.new)
+    if finished:
+        plan = _create(request, ledger, plans, now=now, bits=bits)
+        if plan is None:
+            return submit(request, ledger, now=now, by=by, append=append, bits=bits)
+        made = Submission(plan, "created", numerics_differences(newest.numerics, plan.numerics))
+    ledger.open(newest.job)
+    if new.given:
+        ledger.append_control(newest.job, "change", at=now, by=by or request.owner, **new.given)
+    return replace(made, changed=before.words(new), kept=replace(before, **new.given).unlike(stated(request.manifest)))
+
+
+def _limits(ledger: Ledger, plans: Sequence[Plan]) -> Limits:
+    return limits_of(plans[0].manifest, standing(ledger.controls(plans[0].job)))
+
+
+def _refuse_deleted(request: Request, ledger: Ledger) -> None:
+    job = request.manifest.name
+    if ledger.deleted(job):
+        raise ControlError(
+            f"job {job} is being deleted; run farm delete {job} again, which ends it, or give the manifest a new name"
+        )
+
+
+def _refuse_passed(request: Request, limits: Limits, now: str) -> None:
+    left = limits.seconds_left(now)
+    if left is not None and left <= 0:
+        raise ManifestError(
+            f"{request.document.where(('finish_by',))}: finish_by: {limits.finish_by} has passed; give a later moment, or "
+            "leave it out"
+        )
 
 
 def _create(request: Request, ledger: Ledger, plans: Sequence[Plan], *, now: str, bits: Bits) -> Plan | None:
@@ -178,6 +254,9 @@ def _create(request: Request, ledger: Ledger, plans: Sequence[Plan], *, now: str
     if not created:
         _discard(ledger, job, run, written)
         return None
+    # Again: a farm that found the job done before this run was there may have taken the mark away since.
+    ledger.open(job)
+    _refuse_deleted(request, ledger)
     return plan
 
 
@@ -232,6 +311,14 @@ def _plan(
             f"{request.document.where(('prompts',))}: comes to {images:,} images, a job has at most {MAX_IMAGES:,}; "
             "take fewer prompts, seeds or sweep points, or make several jobs"
         )
+    size = partial(
+        shard_size,
+        batch=request.numerics.batch,
+        renderers=request.renderers,
+        seconds_per_image=speed.seconds_per_image,
+    )
+    # Rows appended to a job are more of what was approved.
+    pilot = None if appended_to else request.manifest.pilot
     return Plan.build(
         run=run,
         created_at=now,
@@ -242,12 +329,11 @@ def _plan(
         sweep=request.points,
         params=request.params,
         numerics=request.numerics,
-        shard_images=shard_size(
-            images=images,
-            batch=request.numerics.batch,
-            renderers=request.renderers,
-            seconds_per_image=speed.seconds_per_image,
-        ),
+        shard_images=size(images=images),
+        pilot=pilot,
+        pilot_shard_images=None if pilot is None else size(images=pilot),
+        owner=request.owner,
+        estimated_seconds_per_image=speed.seconds_per_image,
         appended_to=appended_to,
     )
 

@@ -19,7 +19,8 @@ from PIL import Image, UnidentifiedImageError
 
 from farm.errors import ObjectMissingError, RecordError
 from farm.export import dataset_prefix, run_prefix
-from farm.ledger import Ledger
+from farm.ledger import Indexes, Ledger
+from farm.passes import Selection
 from farm.plan import Plan
 from farm.prefetch import in_order
 from farm.prompts import PromptReader
@@ -42,7 +43,10 @@ class Finding:
 
 @dataclass(slots=True)
 class Verification:
-    """What was looked at and what was found. `orphans` is None where only a sample was looked at."""
+    """What was looked at and what was found. `orphans` is None where only a sample was looked at.
+
+    `left_out`: images that a pilot left out and that no pass is over yet; that they lack is no finding.
+    """
 
     job: str
     run: str
@@ -53,6 +57,7 @@ class Verification:
     checked: int = 0
     bytes_read: int = 0
     orphans: int | None = None
+    left_out: int = 0
     findings: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -85,9 +90,11 @@ def verify(
         result.findings[finding.kind] += 1
         report(finding)
 
+    there = ledger.covered_indexes(plan, ledger.passes(plan))
+    result.left_out = plan.images - len(there)
     chosen = None
-    if sample is not None and sample < plan.images:
-        chosen = set(random.Random(seed).sample(range(plan.images), sample))
+    if sample is not None and sample < len(there):
+        chosen = set(random.Random(seed).sample(there, sample))
     sums = _BlockSums(plan.images)
     existing = 0
 
@@ -109,8 +116,8 @@ def verify(
         for finding in checked.findings:
             found(finding)
         progress(result)
-    if result.rows != plan.images and not result.findings:
-        found(Finding("rows", f"{result.rows} rows for {plan.images} images"))
+    if result.rows != len(there) and not result.findings:
+        found(Finding("rows", f"{result.rows} rows for {len(there)} images"))
     _check_dataset(ledger, plan, result, sums, found)
     if chosen is None:
         stored = sum(1 for _ in ledger.store.list(f"{run_prefix(plan)}images/"))
@@ -188,7 +195,7 @@ def _effective_rows(ledger: Ledger, plan: Plan, sums: _BlockSums, found: Report)
     planned = _Planned(ledger, plan, found)
     last = ledger.passes(plan)
     done = {number: ledger.done_shards(plan, number) for number in range(1, last + 1)}
-    later = np.empty(0, dtype=np.int64)
+    later: list[_Taken] = []
     for number in range(last, 0, -1):
         missing = np.flatnonzero(~done[number])
         if len(missing):
@@ -196,19 +203,36 @@ def _effective_rows(ledger: Ledger, plan: Plan, sums: _BlockSums, found: Report)
         # An earlier pass's row stands in for the one that lacks here; the dataset is right to have another.
         for shard in missing if number > 1 else ():
             sums.give_up(ledger.shard_indexes(plan, number, int(shard)))
-        taken = []
+        taken = _Taken(ledger.selection(plan, number), plan.pass_shard_images(number), done[number].copy())
         for shard in np.flatnonzero(done[number]):
             receipt = _read_receipt(ledger, plan, number, int(shard), found)
             if receipt is None:
+                taken.shards[shard] = False
                 sums.give_up(ledger.shard_indexes(plan, number, int(shard)))
                 continue
             planned.check(receipt.rows)
-            if number > 1:
-                taken.append(np.fromiter((row.index for row in receipt.rows), dtype=np.int64))
-            for row in receipt.rows:
-                if not _contains(later, row.index):
+            indexes = np.fromiter((row.index for row in receipt.rows), dtype=np.int64)
+            overtaken = np.zeros(len(indexes), dtype=np.bool_)
+            for one in later:
+                overtaken |= one.has(indexes)
+            for row, late in zip(receipt.rows, overtaken, strict=True):
+                if not late:
                     yield row
-        later = np.sort(np.concatenate([later, *taken]))
+        later.append(taken)
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A pass whose rows stand in for those of earlier ones: `shards` are those whose receipts could be read."""
+
+    selection: Selection
+    shard_images: int
+    shards: NDArray[np.bool_]
+
+    def has(self, indexes: Indexes) -> NDArray[np.bool_]:
+        """Whether each image has a row in it."""
+        places = self.selection.places(indexes)
+        return (places >= 0) & self.shards[places // self.shard_images]
 
 
 def _missing_receipts(ledger: Ledger, plan: Plan, number: int, missing: NDArray[np.int64]) -> Finding:
@@ -247,11 +271,6 @@ def _read_receipt(ledger: Ledger, plan: Plan, number: int, shard: int, found: Re
         )
         return None
     return receipt
-
-
-def _contains(ordered: NDArray[np.int64], index: int) -> bool:
-    at = int(np.searchsorted(ordered, index))
-    return at < len(ordered) and bool(ordered[at] == index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,31 +335,33 @@ def _check_dataset(ledger: Ledger, plan: Plan, result: Verification, rows: _Bloc
             found(Finding("dataset_missing", "all shards are done, the dataset is not written; farm render writes it"))
         return
     sums = _BlockSums(plan.images)
-    expected = 0
+    indexes = ledger.covered_indexes(plan, number)
+    images, place = len(indexes), 0
     for info in ledger.store.list(dataset_prefix(plan)):
         try:
             part = pq.ParquetFile(io.BytesIO(ledger.store.get(info.key)))
             batches = part.iter_batches(columns=list(COLUMNS))
             for batch in batches:
                 for row in batch.to_pylist():
+                    expected = indexes[place] if place < images else plan.images
                     if row["index"] != expected:
                         message = f"{info.key}: image {row['index']} stands where {expected} should"
                         found(Finding("dataset_rows", message, index=row["index"]))
                         return
-                    if expected < plan.images:
+                    if place < images:
                         sums.add(expected, [row[name] for name in COLUMNS])
-                    expected += 1
+                    place += 1
         except (OSError, ValueError, KeyError) as exc:
             found(Finding("dataset_unreadable", f"{info.key} does not read as Parquet: {exc}", object=info.key))
             return
-    if expected != plan.images:
-        found(Finding("dataset_rows", f"the dataset has {expected} rows for {plan.images} images"))
-    elif (images := rows.first_difference(sums)) is not None:
+    if place != images:
+        found(Finding("dataset_rows", f"the dataset has {place} rows for {images} images"))
+    elif (block := rows.first_difference(sums)) is not None:
         found(
             Finding(
                 "dataset_rows",
-                f"the dataset's rows are not the receipts', the first among images {images.start} to {images.stop - 1}; "
+                f"the dataset's rows are not the receipts', the first among images {block.start} to {block.stop - 1}; "
                 "`farm verify --rewrite` writes it again",
-                index=images.start,
+                index=block.start,
             )
         )

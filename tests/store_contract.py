@@ -3,13 +3,14 @@
 import multiprocessing
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 
 from farm.errors import ObjectMissingError, StoreError
-from farm.storage.base import ObjectStore
+from farm.storage.base import Leftovers, ObjectStore
 
 MIB = 1024 * 1024
 RACERS = 16
@@ -40,9 +41,16 @@ def create_in_process(store: ObjectStore, key: str, content: bytes) -> bool:
 
 
 class StoreContract:
-    """`conditional`: racing creates have exactly one winner."""
+    """`conditional`: racing creates have exactly one winner. `dates_uploads`: it says truly when an upload began.
+
+    `leave_unfinished`: begin a write of four bytes and die.
+    """
 
     conditional = True
+    dates_uploads = True
+
+    def leave_unfinished(self, store: ObjectStore) -> None:
+        raise NotImplementedError
 
     def test_what_was_put_reads_back(self, store: ObjectStore) -> None:
         store.put("a/b.bin", b"\0\xff content", content_type="image/png")
@@ -113,6 +121,50 @@ class StoreContract:
         assert list(store.folders("")) == []
         assert store.create("deep/down/k", b"2") is True
         assert store.get("deep/down/k") == b"2"
+
+    def test_many_are_deleted_at_once_and_no_other(self, store: ObjectStore) -> None:
+        keys = [f"many/{number % 3}/{number:05d}" for number in range(1_010)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda key: store.put(key, b"x"), [*keys, *ODD_KEYS, "many/kept", "many/0-kept"]))
+        store.delete_many(key for key in ["absent", *keys, *ODD_KEYS, "many/absent", keys[0]])
+        assert [info.key for info in store.list("")] == ["many/0-kept", "many/kept"]
+        store.delete_many(["many/kept", "many/0-kept"])
+        assert list(store.folders("")) == []
+        store.delete_many([])
+
+    @pytest.mark.parametrize("key", ["", "a/../b", ".tmp/lock"])
+    def test_names_that_no_store_can_hold_are_not_deleted(self, store: ObjectStore, key: str) -> None:
+        with pytest.raises(StoreError, match="keys are names joined by"):
+            store.delete_many([key])
+
+    def test_objects_know_when_they_were_written_by_one_clock(self, store: ObjectStore) -> None:
+        store.put("first", b"1")
+        time.sleep(1.1)  # servers keep seconds
+        store.put("second", b"2")
+        first, second = list(store.list(""))
+        assert 1.0 <= second.modified_at - first.modified_at < 60
+        for info in (first, second):
+            head = store.head(info.key)
+            assert head is not None
+            assert abs(head.modified_at - info.modified_at) < 1.0
+        store.put("first", b"3")
+        again, _ = list(store.list(""))
+        assert again.modified_at >= second.modified_at
+
+    def test_writes_that_never_ended_are_swept_when_they_are_old_enough(self, store: ObjectStore) -> None:
+        store.put("k", b"whole")
+        begun = store.head("k")
+        assert begun is not None
+        self.leave_unfinished(store)
+        later, earlier = begun.modified_at + 60, begun.modified_at - 60
+        assert not self.dates_uploads or store.sweep(earlier) == Leftovers(0, 0)
+        assert store.sweep(later, remove=False) == Leftovers(1, 4)
+        assert store.sweep(later) == Leftovers(1, 4)
+        assert store.sweep(later) == Leftovers(0, 0)
+        assert [info.key for info in store.list("")] == ["k"]
+
+    def test_room_is_a_number_or_not_known(self, store: ObjectStore) -> None:
+        assert (store.free_bytes() or 1) > 0
 
     def test_create_leaves_what_is_there(self, store: ObjectStore) -> None:
         assert store.create("k", b"first") is True

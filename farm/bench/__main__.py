@@ -2,7 +2,7 @@
 
 import json
 
-from farm.bench import planning, scaling, throughput
+from farm.bench import dispatching, planning, scaling, throughput
 from farm.bench.environment import environment
 
 
@@ -16,7 +16,11 @@ def main() -> None:
     print("\nPlanning and resuming ten million images\n")
     plans = planning.measure()
     print(planning.table(plans))
-    print(json.dumps({"environment": environment(), "throughput": peers, "scaling": renderers, "planning": plans}))
+    print("\nThe dispatcher's rules with up to 10,000 renderers\n")
+    rules = dispatching.measure()
+    print(dispatching.table(rules))
+    found = {"throughput": peers, "scaling": renderers, "planning": plans, "dispatching": rules}
+    print(json.dumps({"environment": environment(), **found}))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from farm import __version__
-from farm.cli import datasets, jobs, machine, plan, render
+from farm.cli import controls, datasets, jobs, machine, plan, render, retry, upkeep
 from farm.cli.exits import EPILOG, Exit
 from farm.cli.terminal import print_error
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (render, plan, jobs, datasets, machine):
+for group in (render, plan, jobs, controls, retry, datasets, upkeep, machine):
     group.register(app)
 
 

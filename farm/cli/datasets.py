@@ -102,6 +102,7 @@ def pull(
     from farm.status import job_status
 
     ledger = options.open_ledger()
+    ledger.plan(job)
     found = job_status(ledger, job)
     if found.state != "done":
         note(f"note: {job} is not done; what is there is copied ({found.done:,} of {found.images:,} images)")

@@ -15,6 +15,7 @@ from farm.errors import (
     RenderError,
     StoreError,
     VerifyError,
+    WaitingError,
 )
 
 
@@ -30,6 +31,7 @@ class Exit(IntEnum):
     UNAVAILABLE = 6
     DIFFERENT = 7
     CANCELLED = 8
+    WAITING = 9
     INTERRUPTED = 130
     BROKEN_PIPE = 141
 
@@ -43,7 +45,8 @@ MEANINGS = {
     Exit.IMAGES_FAILED: "the job ended and some images failed",
     Exit.UNAVAILABLE: "the farm cannot be started or reached, or no renderer lives",
     Exit.DIFFERENT: "verify or reproduce found differences, doctor found a fault",
-    Exit.CANCELLED: "the job was cancelled before it was done",
+    Exit.CANCELLED: "the job was cancelled or deleted before it was done",
+    Exit.WAITING: "the job waits for a person: paused, a pilot done, a limit reached",
     Exit.INTERRUPTED: "interrupted; the same command goes on",
 }
 
@@ -55,6 +58,7 @@ _CODES: tuple[tuple[type[FarmError], Exit], ...] = (
     (StoreError, Exit.STORE),
     (VerifyError, Exit.DIFFERENT),
     (CancelledError, Exit.CANCELLED),
+    (WaitingError, Exit.WAITING),
     (JobFailedError, Exit.IMAGES_FAILED),
     (FarmUnavailableError, Exit.UNAVAILABLE),
     (RendererDiedError, Exit.UNAVAILABLE),

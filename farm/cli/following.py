@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from farm.run import JobProgress
 
-RUNNING = frozenset({"waiting", "running", "finalising"})
+RUNNING = frozenset({"waiting", "running", "finalising", "elsewhere"})
 LOOK_EVERY_S = 0.25
 PLAIN_EVERY_S = 5.0
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -69,13 +69,17 @@ class BarLine:
 def follow(
     ask: Ask, *, line: Line, sleep: Callable[[float], None] = time.sleep, every_s: float = LOOK_EVERY_S
 ) -> "JobProgress":
-    """Show snapshots until the job runs no more; returns the last. A new message (store away, ...) gets a line."""
-    message: str | None = None
+    """Show snapshots until the job runs no more; returns the last.
+
+    A new message (store away, another farm renders it, ...) gets a line.
+    """
+    said: str | None = None
     while True:
         progress = ask()
-        if progress.message != message and progress.message and progress.state in RUNNING:
-            note(f"note: {progress.message}")
-        message = progress.message
+        message = news(progress)
+        if message and message != said:
+            note(f"note: {message}")
+        said = message
         line.show(progress)
         if progress.state not in RUNNING:
             return progress
@@ -104,6 +108,16 @@ def progress_line(job: str, *, quiet: bool = False) -> Iterator[Line]:
         yield BarLine(bars, job)
 
 
+def news(progress: "JobProgress") -> str | None:
+    """What people should hear about a job that goes on; None where it is nothing but work."""
+    if progress.state not in RUNNING:
+        return None
+    if progress.state == "elsewhere":
+        who = progress.message or f"another farm renders {progress.job}"
+        return f"{who}; this one follows it, and takes over if that one ends"
+    return progress.message
+
+
 def measures(progress: "JobProgress") -> str:
     """Images done, speed, time left, renderers busy: `12/43 images · 2.1 images/s · 15 s left · 1/1 renderers busy`.
 
@@ -115,6 +129,8 @@ def measures(progress: "JobProgress") -> str:
         said.append(f"{progress.failed:,} failed")
     if progress.state == "finalising":
         return " · ".join([*said, "writing the dataset"])
+    if progress.state == "elsewhere":
+        return " · ".join([*said, "rendered by another farm"])
     said.append(rate(progress.images_per_s))
     said.append(f"{duration(progress.eta_s)} left" if progress.eta_s is not None else "time left unknown")
     said.append(f"{progress.renderers_busy}/{progress.renderers} renderers busy")

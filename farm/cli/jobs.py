@@ -1,45 +1,49 @@
-"""`farm status`, `farm retry`, `farm cancel`: jobs as the ledger has them, and what is said to them."""
+"""`farm status`: jobs as the ledger has them."""
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from farm.cli.exits import Exit
-from farm.cli.moment import now_iso, whoami
+from farm.cli.moment import now_iso
 from farm.cli.options import Options, command
-from farm.cli.render import Renderers, again_command, place, probe, render_job
+from farm.cli.summary import gpu_time, places, show_failures, totals_record
 from farm.cli.terminal import note, print_error, print_json, print_table, say
-from farm.cli.wording import age, count, cut, duration, size
-from farm.errors import ControlError, RecordError
+from farm.cli.wording import age, count, duration, gpu_hours, printable, size
+from farm.errors import RecordError
 
 if TYPE_CHECKING:
     from farm.ledger import Ledger
-    from farm.status import JobStatus
+    from farm.records import Control
+    from farm.status import JobStatus, RunStatus
 
 WATCH_EVERY_S = 2.0
 CLEAR = "\033[H\033[2J"
+ENDED = frozenset({"done", "cancelled", "deleted"})
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A job's name: the manifest's `name`.")]
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands."""
+    """Add the command."""
     command(app, "status")(status)
-    command(app, "retry")(retry)
-    command(app, "cancel")(cancel)
 
 
 def status(
     options: Options,
     job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="One job; all of them where left out.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again every two seconds; Ctrl-C ends it.")] = False,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", "-w", help="Look again every two seconds until all is done; Ctrl-C ends it."),
+    ] = False,
 ) -> Exit:
     """Show how jobs stand.
 
-    Reads the store alone: no farm needs to run. A job is open, cancelled or done.
+    Reads the store alone: no farm needs to run. A job is open, paused, cancelled or done; `pilot` when its pilot is done and
+    waits for `farm approve`.
     """
     ledger = options.open_ledger()
     while True:
@@ -48,96 +52,12 @@ def status(
         if watch and not options.json:
             say(CLEAR if sys.stdout.isatty() else "")
         _show(options, ledger, jobs, damaged, whole=job is not None)
-        if not watch or (jobs and all(one.state != "open" for one in jobs)):
+        if not watch or (jobs and all(one.state in ENDED for one in jobs)):
             return Exit.STORE if damaged else Exit.OK
         try:
             time.sleep(WATCH_EVERY_S)
         except KeyboardInterrupt:
             return Exit.OK
-
-
-def retry(
-    options: Options,
-    job: Job,
-    render: Annotated[
-        bool, typer.Option("--render/--no-render", help="Render them now, or only open the pass.")
-    ] = True,
-    damaged: Annotated[
-        bool,
-        typer.Option(
-            "--damaged", help="Read every picture, and render again also what is missing or not as its row says."
-        ),
-    ] = False,
-    renderers: Renderers = None,
-) -> Exit:
-    """Render the failed images of a job again.
-
-    They become a new pass, and what it renders takes the place of the failures. A job that is not done yet is gone on
-    with first.
-    """
-    import numpy as np
-
-    from farm.status import is_cancelled
-    from farm.verify import damaged_images
-
-    settings = options.settings(renderers=renderers)
-    ledger = options.open_ledger(settings)
-    ledger.plan(job)
-    if render:
-        probe(ledger)
-    opened = 0
-    unfinished = False
-    for plan in ledger.plans(job):
-        number = ledger.passes(plan)
-        if ledger.totals(plan, number) is None:
-            unfinished = True
-            continue
-        again = ledger.failed_indexes(plan)
-        if damaged:
-            again = np.union1d(again, damaged_images(ledger, plan))
-        if len(again):
-            ledger.open(job)
-            ledger.open_pass(plan, number + 1, again)
-            opened += len(again)
-    if not opened and not unfinished:
-        note(f"no image of {job} {'failed or is damaged' if damaged else 'failed'}; there is nothing to render again")
-        if options.json:
-            print_json({"job": job, "reopened": 0})
-        return Exit.OK
-    if opened:
-        note(f"{count(opened, 'image' if damaged else 'failed image')} of {job} will be rendered again")
-    else:
-        note(f"{job} is not done yet; it goes on, and failed images can be retried after it")
-    if render:
-        return render_job(options, settings, ledger, job, again=again_command())
-    if is_cancelled(ledger, job):
-        ledger.append_control(job, "resume", at=now_iso(), by=whoami())
-    if options.json:
-        print_json({"job": job, "reopened": opened})
-    else:
-        note(f"render them with: farm retry {job}")
-    return Exit.OK
-
-
-def cancel(options: Options, job: Job) -> Exit:
-    """Stop a job; what is stored stays.
-
-    A farm at work on it stops within seconds. `farm render` of its manifest goes on with it.
-    """
-    from farm.status import job_status
-
-    ledger = options.open_ledger()
-    found = job_status(ledger, job)
-    if found.state == "done":
-        raise ControlError(f"{job} is done, {count(found.done, 'image')}; there is nothing to cancel")
-    if found.state == "open":
-        ledger.append_control(job, "cancel", at=now_iso(), by=whoami())
-    said = f"{job} is cancelled with {found.done:,} of {found.images:,} images; farm render goes on with it"
-    if options.json:
-        print_json({"job": job, "state": "cancelled", "images": found.images, "done": found.done})
-    else:
-        note(said if found.state == "open" else f"{job} was cancelled before")
-    return Exit.OK
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,54 +108,111 @@ def _show(options: Options, ledger: "Ledger", jobs: list["JobStatus"], damaged: 
     elif whole:
         _show_whole(ledger, jobs[0])
     else:
-        columns = ("job", "state", "model", "images", "done", "failed", "age")
+        columns = ("job", "state", "model", "images", "done", "failed", "priority", "owner", "age")
         rows = [
             (
                 one.job,
                 one.state,
                 one.model,
                 f"{one.images:,}",
-                f"{100 * one.done // one.images} %",
+                f"{100 * one.done // one.images} %" if one.images else "–",
                 f"{one.failed:,}" if one.failed else "–",
-                age(one.created_at),
+                str(one.priority),
+                printable(one.owner) or "–",
+                age(one.created_at) if one.created_at else "–",
             )
             for one in jobs
         ]
-        print_table(columns, rows, right=("images", "done", "failed", "age"))
+        print_table(columns, rows, right=("images", "done", "failed", "priority", "age"))
 
 
 def _show_whole(ledger: "Ledger", found: "JobStatus") -> None:
-    from farm.export import dataset_prefix, run_prefix, sheet_key
-    from farm.status import failure_groups
-
+    if found.state == "deleted":
+        say(f"{found.job}: deleted")
+        note(f"what is left of it is swept by: farm delete {found.job}")
+        return
     say(f"{found.job}: {found.state}, {found.done:,} of {count(found.images, 'image')}, {found.failed:,} failed")
     say(f"  model      {found.model}")
+    if found.owner:
+        say(f"  owner      {printable(found.owner)}")
+    say(f"  priority   {found.priority}")
+    if limits := _limits(found):
+        say(f"  stops at   {', '.join(limits)}")
+    if found.last is not None:
+        say(f"  said last  {words_of(found.last)}")
     say(f"  planned    {found.created_at} ({age(found.created_at)} ago)")
     for plan, run in zip(ledger.plans(found.job), found.runs, strict=True):
         tried = f", pass {run.pass_number}" if run.pass_number > 1 else ""
         say(f"  run        {run.run}{tried}: {run.shards_done:,} of {count(run.shards, 'shard')} done")
+        if run.pilot is not None:
+            say(f"  pilot      {count(run.pilot, 'image')}, {_pilot_state(run, found)}")
         if run.failed:
-            for group in failure_groups(ledger, plan):
-                say(f"  failed     {count(group.images, 'image')}: {group.code}")
-                say(f"             image {group.example.index}: {cut(group.example.error_message or '', 200)}")
-        say(f"  pictures   {place(ledger, run_prefix(plan) + 'images/')}")
+            show_failures(ledger, plan)
+        for label, where in places(ledger, plan).items():
+            if label == "pictures" or run.totals is not None:
+                say(f"  {label:<10} {where}")
         if run.totals is not None:
-            say(f"  dataset    {place(ledger, dataset_prefix(plan))}")
-            say(f"  sheet      {place(ledger, sheet_key(plan))}")
             say(f"  took       {duration(run.totals.wall_seconds)} on {count(run.totals.renderers, 'renderer')}")
+            say(f"  GPU time   {gpu_time(run.totals)}")
             say(f"  size       {size(run.totals.bytes)}")
-    if found.state != "done":
-        note("farm render of the same manifest goes on with it")
-    elif found.failed:
-        note(f"render the failed images again: farm retry {found.job}")
+    if advice := _advice(found):
+        note(advice)
+
+
+def words_of(control: "Control") -> str:
+    """What somebody said to a job, and when: `pause, by ann@desk, 45 s ago`."""
+    names = ("priority", "max_images", "gpu_hours", "finish_by")
+    values = [f"{name} {value}" for name in names if (value := getattr(control, name)) is not None]
+    said = " ".join([control.action, *values])
+    return f"{said}, by {printable(control.by)}, {age(control.at)} ago"
+
+
+def _limits(found: "JobStatus") -> list[str]:
+    limits = found.limits
+    said = []
+    if (left := limits.seconds_left(now_iso())) is not None:
+        said.append(f"{limits.finish_by} ({f'in {duration(left)}' if left > 0 else 'has passed'})")
+    if limits.gpu_hours is not None:
+        said.append(gpu_hours(limits.gpu_hours))
+    if limits.max_images is not None:
+        said.append(f"{count(limits.max_images, 'image')} rendered")
+    return said
+
+
+def _pilot_state(run: "RunStatus", found: "JobStatus") -> str:
+    done = run.pass_number > 1 or run.totals is not None
+    if found.approved:
+        return "done and approved" if done else "approved before it is done"
+    return f"done, waits for farm approve {found.job}" if done else "not done yet"
+
+
+def _advice(found: "JobStatus") -> str | None:
+    job = found.job
+    match found.state:
+        case "pilot":
+            return f"look at the pilot's sheet; render the other images with: farm approve {job}"
+        case "paused":
+            return f"go on with it: farm resume {job}"
+        case "cancelled":
+            return f"go on with it: farm resume {job}, or farm render of the same manifest"
+        case "done":
+            return f"render the failed images again: farm retry {job}" if found.failed else None
+    left = found.limits.seconds_left(now_iso())
+    if left is not None and left <= 0:
+        return f"its finish_by has passed; give it a later one: farm change {job} --finish-by T"
+    return "farm render of the same manifest goes on with it"
 
 
 def _record(one: "JobStatus") -> dict[str, Any]:
+    last = one.last.model_dump(exclude={"version"}, exclude_none=True) if one.last else None
     return {
         "job": one.job,
         "state": one.state,
         "model": one.model,
-        "priority": one.priority,
+        "owner": one.owner,
+        **asdict(one.limits),
+        "approved": one.approved,
+        "said_last": last,
         "images": one.images,
         "done": one.done,
         "failed": one.failed,
@@ -246,12 +223,14 @@ def _record(one: "JobStatus") -> dict[str, Any]:
                 "run": run.run,
                 "pass_number": run.pass_number,
                 "images": run.images,
+                "pilot": run.pilot,
                 "done": run.done,
                 "failed": run.failed,
+                "finished": run.finished,
                 "shards": run.shards,
                 "shards_done": run.shards_done,
                 "created_at": run.created_at,
-                "totals": run.totals.model_dump(exclude={"version"}) if run.totals else None,
+                "totals": totals_record(run.totals) if run.totals else None,
             }
             for run in one.runs
         ],

@@ -6,6 +6,7 @@ line and an exit code. Nothing else in the CLI catches an error to print it.
 
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from farm.ledger import Ledger
     from farm.settings import Settings
     from farm.storage.base import ObjectStore
+
+_BREAK = re.compile(r"(?<!\n)\n(?!\n)")
 
 Command = Callable[..., Exit | None]
 
@@ -128,7 +131,7 @@ def command(app: typer.Typer, name: str) -> Callable[[Command], Command]:
         parameters = [*own, *SHARED]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        call.__doc__ = function.__doc__
+        call.__doc__ = _BREAK.sub(" ", inspect.getdoc(function) or "")  # the window breaks lines, not the source
         app.command(name)(call)
         return function
 

@@ -1,18 +1,21 @@
 """`farm plan`: what a manifest would come to, without writing anything."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from farm.cli.exits import Exit
+from farm.cli.moment import now_iso
 from farm.cli.options import Options, command
 from farm.cli.planning import read_request
 from farm.cli.render import Renderers
 from farm.cli.terminal import note, print_json, say
-from farm.cli.wording import count, cut, duration, size
+from farm.cli.wording import count, cut, duration, gpu_hours, size
 
 if TYPE_CHECKING:
+    from farm.outlook import Outlook
     from farm.submission import Draft, Request
 
 STATES = {
@@ -35,13 +38,13 @@ def plan(
 ) -> Exit:
     """Show what a manifest would come to; nothing is written.
 
-    Counts, shards, first prompts, size, and the time with where it is known from.
+    Counts, shards, first prompts, size, the time with where it is known from, and whether it keeps its limits.
     """
     from farm.submission import draft
 
     settings = options.settings(renderers=renderers)
     request = read_request(manifest, settings)
-    found = draft(request, options.open_ledger(settings))
+    found = draft(request, options.open_ledger(settings), now=now_iso())
     if options.json:
         print_json(_record(request, found))
     else:
@@ -63,7 +66,12 @@ def _show(request: "Request", found: "Draft") -> None:
     say(f"  params     {params.num_inference_steps} steps, guidance {params.guidance_scale:g}")
     numerics = plan.numerics
     say(f"  numerics   {numerics.device}, {numerics.dtype}, batches of {numerics.batch}")
+    if plan.pilot is not None:
+        others = plan.images - plan.pilot
+        say(f"  pilot      {count(plan.pilot, 'image')} first, spread over the job; {others:,} wait for farm approve")
     say(f"  time       {_time(request, found)}")
+    for line in _limits(found.outlook, request.renderers):
+        say(line)
     if found.size_bytes is None:
         say("  size       unknown until a run of this job has ended")
     else:
@@ -86,6 +94,37 @@ def _time(request: "Request", found: "Draft") -> str:
     return f"{said}, {duration(found.speed.seconds_per_image or 0.0)} an image ({how}, {request.device})"
 
 
+def _limits(outlook: "Outlook", renderers: int) -> list[str]:
+    """A line for each limit of the job: whether it will be kept."""
+    limits, lines = outlook.limits, []
+    if outlook.seconds_left is not None:
+        lines.append(f"  finish by  {limits.finish_by}, {_in_time(outlook, renderers)}")
+    if limits.gpu_hours is not None:
+        needed = outlook.gpu_hours_needed
+        said = "unknown how many are needed" if needed is None else f"about {float(f'{needed:.2g}'):,.10g} needed"
+        over = ", so it stops when they are spent" if needed is not None and needed > limits.gpu_hours else ""
+        lines.append(f"  budget     {gpu_hours(limits.gpu_hours)}: {said}{over}")
+    if limits.max_images is not None:
+        over = ", so it stops before its end" if outlook.images_needed > limits.max_images else ""
+        lines.append(f"  budget     {count(limits.max_images, 'image')}: {outlook.images_needed:,} needed{over}")
+    return lines
+
+
+def _in_time(outlook: "Outlook", renderers: int) -> str:
+    left, needed = outlook.seconds_left or 0.0, outlook.seconds_needed
+    if left <= 0:
+        return "which has passed"
+    said = f"in {duration(left)}: "
+    if needed is None:
+        return f"{said}unknown whether it is met"
+    takes = f"{duration(needed)} on {count(renderers, 'renderer')}"
+    if outlook.in_time:
+        return f"{said}met, with {takes}"
+    enough = outlook.renderers_needed
+    more = "no number of them is enough" if enough is None else f"{enough:,} are enough"
+    return f"{said}not met, with {takes}; {more}"
+
+
 def _record(request: "Request", found: "Draft") -> dict[str, Any]:
     plan = found.plan
     return {
@@ -99,6 +138,7 @@ def _record(request: "Request", found: "Draft") -> dict[str, Any]:
         "seeds": plan.seeds.count,
         "shards": plan.shards,
         "shard_images": plan.shard_images,
+        "pilot": plan.pilot,
         "sizes": [{"width": w, "height": h, "images": images} for (w, h), images in found.sizes.items()],
         "params": plan.params.model_dump(),
         "numerics": plan.numerics.model_dump(),
@@ -107,6 +147,16 @@ def _record(request: "Request", found: "Draft") -> dict[str, Any]:
         "seconds": found.seconds,
         "seconds_per_image": found.speed.seconds_per_image,
         "speed_source": found.speed.source,
+        "limits": {
+            **dataclasses.asdict(found.outlook.limits),
+            "in_time": found.outlook.in_time,
+            "seconds_left": found.outlook.seconds_left,
+            "seconds_needed": found.outlook.seconds_needed,
+            "renderers_needed": found.outlook.renderers_needed,
+            "within_budget": found.outlook.within_budget,
+            "gpu_hours_needed": found.outlook.gpu_hours_needed,
+            "images_needed": found.outlook.images_needed,
+        },
         "size_bytes": found.size_bytes,
         "drawn_anew": found.drawn,
         "first": [

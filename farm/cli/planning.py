@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farm.cli.moment import now_iso
+from farm.cli.moment import now_iso, user_name, whoami
 from farm.cli.terminal import note
 from farm.errors import NumericsError
 
@@ -21,6 +21,7 @@ def read_request(manifest: Path, settings: "Settings") -> "Request":
 
     loaded = load_manifest(manifest)
     device = local_device()
+    settings = settings.model_copy(update={"owner": settings.owner or user_name()})
     return prepare(loaded, settings, device=device, renderers=settings.renderers or default_renderers(device))
 
 
@@ -29,8 +30,13 @@ def submit_request(request: "Request", ledger: "Ledger", *, append: bool) -> "Su
     from farm.devices import PACKAGES
     from farm.submission import submit
 
-    submission = submit(request, ledger, now=now_iso(), append=append)
+    submission = submit(request, ledger, now=now_iso(), by=whoami(), append=append)
     plan = submission.plan
+    if submission.changed:
+        note(f"the manifest changes {plan.job}: {'; '.join(submission.changed)}")
+    if submission.kept:
+        holds = "; ".join(submission.kept)
+        note(f"note: what was said to {plan.job} holds, unlike the manifest: {holds}; farm change says otherwise")
     if submission.outcome == "created" and submission.numerics_differ:
         note(
             f"note: the added rows are rendered with other numerics than the run before them: "
@@ -40,7 +46,7 @@ def submit_request(request: "Request", ledger: "Ledger", *, append: bool) -> "Su
     # A renderer has these or must not render; the rest it takes from the plan.
     enforced = {"device", *PACKAGES}
     differ = [one for one in submission.numerics_differ if one.partition(":")[0] in enforced]
-    if differ and ledger.totals(plan) is None:
+    if differ and not ledger.finished(plan):
         raise NumericsError(
             f"job {plan.job} was planned with other numerics ({'; '.join(differ)}) and would mix pictures that differ; "
             "install what it was planned with, or give the manifest a new name"

@@ -5,29 +5,33 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from farm.cli.exits import Exit
+from farm.cli.exits import Exit, exit_code
 from farm.cli.following import follow, interruptible, progress_line, spinner
-from farm.cli.moment import now_iso, whoami
 from farm.cli.options import Options, command
 from farm.cli.planning import read_request, submit_request
-from farm.cli.terminal import note, print_json, say
-from farm.cli.wording import count, cut, duration, rate, size
-from farm.errors import CancelledError, FarmError, FarmUnavailableError, RowsAppendedError
+from farm.cli.summary import summarise
+from farm.cli.terminal import note, print_error
+from farm.cli.waiting import agreed, begin, held_up, offer_others
+from farm.cli.wording import count
+from farm.errors import FarmError, RowsAppendedError
 
 if TYPE_CHECKING:
     from actors.cluster import Farm
     from farm.ledger import Ledger
-    from farm.plan import Plan
-    from farm.records import Totals
+    from farm.run import JobProgress
     from farm.settings import Settings
 
 STAY_EVERY_S = 1.0
 STAY_LOOKS = 4
+SAID_ONCE = {"--append": False, "--all": False, "--damaged": False, "--images": True}
+"""Flags that opened a run or a pass, which a command that goes on with it leaves out; whether a value follows."""
 
 Renderers = Annotated[
     int | None,
@@ -47,12 +51,14 @@ def render(
         bool, typer.Option("--append", help="Render rows appended to a keyed prompt file as a new run of the job.")
     ] = False,
     renderers: Renderers = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Take every offer without asking.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Take every offer without asking: added rows, a pilot's other images.")
+    ] = False,
 ) -> Exit:
     """Render a manifest, or go on with it where it stopped.
 
     Attaches to a farm that runs here, or starts one for as long as the job takes, and follows the job to its end. Ctrl-C
-    leaves a job that the same command goes on with.
+    leaves a job that the same command goes on with. After a pilot it shows the sheet, and asks before the other images.
     """
     settings = options.settings(renderers=renderers)
     request = read_request(manifest, settings)
@@ -61,16 +67,17 @@ def render(
     try:
         submission = submit_request(request, ledger, append=append)
     except RowsAppendedError as error:
-        if not (yes or _agreed(options, error.message)):
+        if not (yes or agreed(options, f"{error.message}. Render the new rows?")):
             raise
         append = True
         submission = submit_request(request, ledger, append=True)
-    job = submission.plan.job
+    job, again = submission.plan.job, again_command()
     if append and submission.waiting_rows:
         note(f"{count(submission.waiting_rows, 'added row')} wait until the run in hand has ended")
-        _follow_job(options, settings, ledger, job, again=again_command())
+        if not _reach_end(options, settings, ledger, job, again=again, yes=yes):
+            return Exit.WAITING
         submit_request(request, ledger, append=True)
-    return render_job(options, settings, ledger, job, again=again_command())
+    return render_job(options, settings, ledger, job, again=again, yes=yes)
 
 
 def probe(ledger: "Ledger") -> None:
@@ -79,50 +86,79 @@ def probe(ledger: "Ledger") -> None:
         note("note: the store has no conditional puts; give a job to one farm at a time")
 
 
-def render_job(options: Options, settings: "Settings", ledger: "Ledger", job: str, *, again: str) -> Exit:
-    """Render what a submitted job lacks, and say what it came to; `again` is the command that goes on with it."""
-    if all(ledger.totals(plan) is not None for plan in ledger.plans(job)):
-        note(f"{job} is done; nothing is left to render")
-    else:
-        _follow_job(options, settings, ledger, job, again=again)
+def render_job(
+    options: Options, settings: "Settings", ledger: "Ledger", job: str, *, again: str, yes: bool = False
+) -> Exit:
+    """Render what a submitted job lacks, and say what it came to; `again` is the command that goes on with it.
+
+    `yes`: images that a pilot left out follow without asking. Raises WaitingError, CancelledError, FarmUnavailableError.
+    """
+    if not _reach_end(options, settings, ledger, job, again=again, yes=yes):
+        return Exit.WAITING
     return summarise(options, ledger, job)
 
 
-def _follow_job(options: Options, settings: "Settings", ledger: "Ledger", job: str, *, again: str) -> None:
-    from farm.status import is_cancelled
-
-    if is_cancelled(ledger, job):
-        ledger.append_control(job, "resume", at=now_iso(), by=whoami())
-        note(f"{job} was cancelled; it goes on")
+def _reach_end(options: Options, settings: "Settings", ledger: "Ledger", job: str, *, again: str, yes: bool) -> bool:
+    """Follow a job until it is done; False when its pilot is, which waits and was summed up."""
+    state = begin(options, ledger, job, again=again, yes=yes)
+    if state == "done":
+        note(f"{job} is done; nothing is left to render")
+    if state != "open":
+        return state == "done"
     ledger.open(job)
+
+    def others() -> str:
+        return offer_others(options, ledger, job, again=again, yes=yes)
+
     with interruptible() as take_signals:
-        _follow(options, settings, job, again, take_signals)
+        last = _follow(options, settings, job, again, take_signals, others)
+    if (error := held_up(ledger, last, again=again)) is not None:
+        raise error
+    return last.state != "pilot"
 
 
-def _follow(options: Options, settings: "Settings", job: str, again: str, take_signals: Callable[[], None]) -> None:
+def _follow(
+    options: Options,
+    settings: "Settings",
+    job: str,
+    again: str,
+    take_signals: Callable[[], None],
+    others: Callable[[], str],
+) -> "JobProgress":
+    """Follow a job on a farm; when its pilot is done, `others` tells whether it is to be followed on."""
     from actors.cluster import open_farm
 
     here = True
     try:
         with spinner("starting the farm"):
-            farm = open_farm(settings, renderers=settings.renderers)
+            farm = open_farm(settings, renderers=settings.renderers, give_up=partial(_give_up, options, again))
         with farm:
             take_signals()
             here = farm.started_here
             if settings.renderers and not here:
                 note("note: a farm that runs already renders this; --renderers and FARM_RENDERERS do not change it")
-            farm.submit(job)
-            with progress_line(job, quiet=options.json) as line:
-                last = follow(lambda: farm.progress(job), line=line)
+            while True:
+                farm.submit(job)
+                with progress_line(job, quiet=options.json) as line:
+                    last = follow(lambda: farm.progress(job), line=line)
+                if last.state == "pilot":
+                    last = replace(last, state=others())
+                if last.state != "open":
+                    break
             _stay(farm, job)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{job} is not done; go on with it: {again}" if here else _goes_on(job)) from None
     except FarmError as error:
         raise type(error)(f"{error.message} (what is stored stays; {again} goes on)") from error
-    if last.state == "cancelled":
-        raise CancelledError(
-            f"{job} was cancelled with {last.done:,} of {last.images:,} images; go on with it: {again}"
-        )
+    return last
+
+
+def _give_up(options: Options, again: str, error: FarmError) -> NoReturn:
+    """End this process, whose main thread is in Ray's start and will not come back from it."""
+    message = f"{error.message} (what is stored stays; {again} goes on)"
+    print_error(error.code, message, as_json=options.json)
+    sys.stdout.flush()
+    os._exit(exit_code(error))
 
 
 def _stay(farm: "Farm", job: str) -> None:
@@ -132,7 +168,8 @@ def _stay(farm: "Farm", job: str) -> None:
         others = farm.others(job)
         if others and not said:
             note(
-                f"{job} is done; this farm still renders {', '.join(others)} for another terminal: staying (Ctrl-C ends it)"
+                f"nothing is left to do for {job}; this farm still renders {', '.join(others)} for another terminal: "
+                "staying (Ctrl-C ends it)"
             )
             said = True
         # A dispatcher that restarted hears of the others' jobs again when their commands ask for progress.
@@ -140,82 +177,16 @@ def _stay(farm: "Farm", job: str) -> None:
         time.sleep(STAY_EVERY_S if looks else 0.0)
 
 
-def summarise(options: Options, ledger: "Ledger", job: str) -> Exit:
-    """Print what a finished job came to. The exit code says whether images failed."""
-    from farm.status import failure_groups
-
-    plans = ledger.plans(job)
-    every = [ledger.totals(plan) for plan in plans]
-    ended = [(plan, totals) for plan, totals in zip(plans, every, strict=True) if totals is not None]
-    if len(ended) < len(plans):
-        raise FarmUnavailableError(f"the farm ended before {job} was done; what is stored stays: run the command again")
-    failed = sum(totals.failed for _, totals in ended)
-    records = [_summary(ledger, plan, totals) for plan, totals in ended]
-    if options.json:
-        print_json({"job": job, "state": "done", "failed": failed, "runs": records})
-        return Exit.IMAGES_FAILED if failed else Exit.OK
-    for (plan, totals), record in zip(ended, records, strict=True):
-        name = job if len(plans) == 1 else f"{job}, run {plan.run}"
-        said = [f"{name}: {totals.ok:,} of {count(totals.images, 'image')}, {size(totals.bytes)},"]
-        said.append(f"in {duration(totals.wall_seconds)} on {count(totals.renderers, 'renderer')}")
-        if totals.wall_seconds > 0:
-            said.append(f"({rate(totals.ok / totals.wall_seconds)})")
-        say(" ".join(said))
-        if options.verbose:
-            say(
-                "  times      "
-                + " · ".join(f"{name} {duration(s)}" for name, s in totals.seconds.items() if name != "total")
-            )
-        if totals.flagged:
-            say(f"  flagged    {count(totals.flagged, 'picture')} of one colour only; column `flag` of the dataset")
-        for group in failure_groups(ledger, plan) if totals.failed else ():
-            say(f"  failed     {count(group.images, 'image')}: {group.code}")
-            say(f"             image {group.example.index}: {cut(group.example.error_message or '', 200)}")
-        for label in ("pictures", "dataset", "sheet"):
-            say(f"  {label:<10} {record[label]}")
-    if failed:
-        note(f"{count(failed, 'image')} failed; render them again: farm retry {job}")
-    return Exit.IMAGES_FAILED if failed else Exit.OK
-
-
-def _summary(ledger: "Ledger", plan: "Plan", totals: "Totals") -> dict[str, object]:
-    """One run's totals and where its objects are."""
-    from farm.export import dataset_prefix, run_prefix, sheet_key
-
-    return {
-        "run": plan.run,
-        **totals.model_dump(exclude={"version"}),
-        "pictures": place(ledger, f"{run_prefix(plan)}images/"),
-        "dataset": place(ledger, dataset_prefix(plan)),
-        "sheet": place(ledger, sheet_key(plan)),
-    }
-
-
-def place(ledger: "Ledger", key: str) -> str:
-    """Where an object is, as a person would type it: a path below this folder is relative."""
-    url = ledger.store.url
-    if "://" in url:
-        return f"{url}/{key}"
-    path = Path(url) / key
-    relative = os.path.relpath(path)
-    return f"./{relative}" if not relative.startswith("..") else str(path)
-
-
 def again_command(arguments: Sequence[str] | None = None) -> str:
-    """The command line that goes on with what this one began."""
-    given = [one for one in (sys.argv[1:] if arguments is None else arguments) if one != "--append"]
+    """The command line that goes on with what this one began: without what is said only once."""
+    given: list[str] = []
+    value_follows = False
+    for one in sys.argv[1:] if arguments is None else arguments:
+        flag, equals, _ = one.partition("=")
+        if not value_follows and flag not in SAID_ONCE:
+            given.append(one)
+        value_follows = not value_follows and flag in SAID_ONCE and SAID_ONCE[flag] and not equals
     return shlex.join(["farm", *given])
-
-
-def _agreed(options: Options, offer: str) -> bool:
-    """Ask a person on a terminal; nobody there means no."""
-    if options.json or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return False
-    note(offer)
-    try:
-        return typer.confirm("Render the new rows?", err=True)
-    except typer.Abort:
-        return False
 
 
 def _goes_on(job: str) -> str:

@@ -36,6 +36,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
+def gpu_hours(number: float) -> str:
+    """`1 GPU-hour`, `0.5 GPU-hours`, `1,300 GPU-hours`."""
+    return f"{number:,.10g} GPU-hour{'' if number == 1 else 's'}"
+
+
 def rate(per_second: float | None) -> str:
     """Images per second, or per minute or hour where that reads better."""
     if per_second is None:

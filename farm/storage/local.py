@@ -6,7 +6,7 @@ ever open for writing.
 
 An etag is made of the file's mtime in nanoseconds, size and inode. Each write sets the mtime itself, later than the
 version before it, and lies beside that version until it takes its place, so two versions never share an etag as long as
-the file system keeps nanoseconds.
+the file system keeps nanoseconds. `modified_at` is the file's ctime, which the file system sets and no writer can.
 """
 
 import errno
@@ -15,17 +15,19 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 
 from farm.errors import ObjectMissingError, StoreDeniedError, StoreError, StoreFullError, StoreUnavailableError
-from farm.storage.base import ObjectInfo, StoreReport
+from farm.storage.base import Leftovers, ObjectInfo, StoreReport
 from farm.storage.keys import TEMPORARY, check_key, check_prefix
 from farm.storage.probing import probe_store
 
 STALE_TEMPORARY_S = 3600.0
+DELETED_TOGETHER = 1000
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -121,6 +123,28 @@ class LocalStore:
                     folder.rmdir()
                     folder = folder.parent
 
+    def delete_many(self, keys: Iterable[str]) -> None:
+        paths = (self._path(key) for key in keys)
+        while some := list(islice(paths, DELETED_TOGETHER)):
+            with self._translated(self.root):
+                if not self._root_exists():
+                    return
+                refused = None
+                with self._locked():
+                    for path in some:
+                        try:
+                            path.unlink()
+                        except _ABSENT:
+                            continue
+                        except OSError as exc:
+                            refused = refused or exc
+                for folder in dict.fromkeys(path.parent for path in some):
+                    with suppress(OSError):
+                        while folder != self.root and _remove_empty(folder):
+                            folder = folder.parent
+                if refused is not None:
+                    raise refused
+
     def list(self, prefix: str, *, after: str = "") -> Iterator[ObjectInfo]:
         check_prefix(prefix)
         with self._translated(self.root):
@@ -144,14 +168,23 @@ class LocalStore:
         check_key(key)
         return None
 
+    def sweep(self, before: float, *, remove: bool = True) -> Leftovers:
+        with self._translated(self.root):
+            return self._swept(lambda status: status.st_ctime < before, remove) if self._root_exists() else Leftovers()
+
+    def free_bytes(self) -> int | None:
+        with self._translated(self.root):
+            folder = next(one for one in (self.root, *self.root.parents) if one.is_dir())
+            disk = os.statvfs(folder)
+        return disk.f_bavail * disk.f_frsize
+
     def probe(self) -> StoreReport:
         with self._translated(self.root):
             self._make_root()
-            self._sweep()
+            horizon = time.time() - STALE_TEMPORARY_S
+            self._swept(lambda status: status.st_mtime < horizon)
         found = probe_store(self, self.create, self.replace)
-        with self._translated(self.root):
-            disk = os.statvfs(self.root)
-        return StoreReport(self.url, found.create, found.replace, disk.f_bavail * disk.f_frsize)
+        return StoreReport(self.url, found.create, found.replace, self.free_bytes())
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -163,7 +196,8 @@ class LocalStore:
             return None
         if not stat.S_ISREG(status.st_mode):
             return None
-        return ObjectInfo(key, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ino:x}")
+        etag = f"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ino:x}"
+        return ObjectInfo(key, status.st_size, etag, status.st_ctime)
 
     def _walk(self, folder: str, prefix: str, after: str) -> Iterator[ObjectInfo]:
         """Objects below `folder` ("" or ending in '/') in key order; holds the names of one folder at a time."""
@@ -285,14 +319,18 @@ class LocalStore:
         self._identity = identity
         return True
 
-    def _sweep(self) -> None:
+    def _swept(self, is_old: Callable[[os.stat_result], bool], remove: bool = True) -> Leftovers:
         """Remove what processes that died left half-written; younger files may be another's work in hand."""
-        horizon = time.time() - STALE_TEMPORARY_S
-        with os.scandir(self.root / TEMPORARY) as entries:
+        count = size_bytes = 0
+        with suppress(FileNotFoundError), os.scandir(self.root / TEMPORARY) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):
-                    if entry.name != "lock" and entry.stat().st_mtime < horizon:
-                        os.unlink(entry.path)
+                    status = entry.stat()
+                    if entry.name != "lock" and is_old(status):
+                        if remove:
+                            os.unlink(entry.path)
+                        count, size_bytes = count + 1, size_bytes + status.st_size
+        return Leftovers(count, size_bytes)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -336,6 +374,16 @@ def _file_in_the_way(path: Path) -> Path:
         if folder.exists() and not folder.is_dir():
             return folder
     return path
+
+
+def _remove_empty(folder: Path) -> bool:
+    """Remove a folder that holds nothing but such folders; False as soon as a file shows."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not (entry.is_dir(follow_symlinks=False) and _remove_empty(Path(entry.path))):
+                return False
+    folder.rmdir()
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

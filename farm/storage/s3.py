@@ -10,7 +10,10 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_tz
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import boto3
@@ -19,10 +22,10 @@ from botocore.client import Config
 from botocore.exceptions import ClientError
 
 from farm.errors import BucketMissingError, ObjectMissingError, StoreUnavailableError
-from farm.storage.base import ObjectInfo, StoreReport
+from farm.storage.base import Leftovers, ObjectInfo, StoreReport
 from farm.storage.keys import check_key, check_prefix
 from farm.storage.probing import probe_store
-from farm.storage.s3_errors import BROKEN_OFF, Translation, error_code, http_status, was_retried
+from farm.storage.s3_errors import BROKEN_OFF, Translation, error_code, http_status, is_passing, was_retried
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -35,6 +38,8 @@ READ_TIMEOUT_S = 20
 BROKEN_OFF_S = 60.0  # a body that broke off is asked for again while the call is not older than this
 CONFLICT_TRIES = 8
 LOST_RACE_TRIES = 3  # Ceph's gateway answers 500 to those who lose a race of If-Match; asked again, 412
+DELETED_TOGETHER = 1000  # as many as one DeleteObjects takes
+DELETE_THREADS = 8  # where the server has no DeleteObjects
 WRITER = "farm-writer"
 OCTETS = "application/octet-stream"
 
@@ -72,6 +77,7 @@ class S3Store:
         self._conditions = True
         self._quoted = True
         self._bucket_seen = False
+        self._deletes_many = True
         self._forget_clients()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,7 +119,9 @@ class S3Store:
                     raise
                 self._check_bucket()
                 return None
-        return ObjectInfo(key, answer["ContentLength"], _bare(answer["ETag"]))
+        return ObjectInfo(
+            key, answer["ContentLength"], _bare(answer["ETag"]), modified_at=answer["LastModified"].timestamp()
+        )
 
     def put(self, key: str, data: bytes, *, content_type: str = OCTETS) -> None:
         name = self._key(key)
@@ -146,12 +154,50 @@ class S3Store:
                 if error_code(exc) not in ("NoSuchKey", "404"):
                     raise
 
+    def delete_many(self, keys: Iterable[str]) -> None:
+        names = ((key, self._key(key)) for key in keys)
+        while some := dict(islice(names, DELETED_TOGETHER)):
+            if not (self._deletes_many and self._delete_together(some)):
+                with ThreadPoolExecutor(DELETE_THREADS, thread_name_prefix="farm-delete") as pool:
+                    for _ in pool.map(self.delete, some):
+                        pass
+
+    def _delete_together(self, names: dict[str, str]) -> bool:
+        """Send one DeleteObjects; False where the server has no such thing, or not for these keys.
+
+        What it answers for single keys counts as if each had been asked for alone.
+        """
+        keys = {name: key for key, name in names.items()}
+        left = list(keys)
+        for attempt in range(self._attempts):
+            with self._translated(keys[left[0]]):
+                try:
+                    answer = self._client().delete_objects(
+                        Bucket=self.bucket, Delete={"Objects": [{"Key": name} for name in left], "Quiet": True}
+                    )
+                except ClientError as exc:
+                    if error_code(exc) == "MalformedXML":  # a key that XML cannot carry
+                        return False
+                    if http_status(exc) in (405, 501) or error_code(exc) == "MissingContentMD5":
+                        self._deletes_many = False
+                        return False
+                    raise
+            refused = [one for one in answer.get("Errors", ()) if one.get("Code") not in ("NoSuchKey", "404")]
+            if not refused:
+                break
+            left = [one["Key"] for one in refused]
+            if attempt == self._attempts - 1 or not all(is_passing(one.get("Code", "")) for one in refused):
+                with self._translated(keys.get(left[0], left[0])):
+                    raise ClientError({"Error": refused[0]}, "DeleteObjects")
+            _wait(attempt)
+        return True
+
     def list(self, prefix: str, *, after: str = "") -> Iterator[ObjectInfo]:
         for page in self._pages(prefix, {"StartAfter": self._root + after} if after else {}):
             for entry in page.get("Contents", ()):
                 key = entry["Key"].removeprefix(self._root)
                 if not key.endswith("/") and key > after:
-                    yield ObjectInfo(key, entry["Size"], _bare(entry["ETag"]))
+                    yield ObjectInfo(key, entry["Size"], _bare(entry["ETag"]), entry["LastModified"].timestamp())
 
     def folders(self, prefix: str) -> Iterator[str]:
         for page in self._pages(prefix, {"Delimiter": "/"}):
@@ -166,6 +212,29 @@ class S3Store:
                 "get_object", Params={"Bucket": self.bucket, "Key": self._key(key)}, ExpiresIn=expires_s
             )
         return url
+
+    def sweep(self, before: float, *, remove: bool = True) -> Leftovers:
+        found = Leftovers()
+        uploads = self._paged("list_multipart_uploads", {"Prefix": self._root})
+        for upload in (upload for page in uploads for upload in page.get("Uploads", ())):
+            if upload["Initiated"].timestamp() >= before:
+                continue
+            name: dict[str, Any] = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+            with self._translated(upload["Key"]):
+                try:
+                    pages = self._client().get_paginator("list_parts").paginate(Bucket=self.bucket, **name)
+                    size_bytes = sum(part["Size"] for page in pages for part in page.get("Parts", ()))
+                    if remove:
+                        self._client().abort_multipart_upload(Bucket=self.bucket, **name)
+                except ClientError as exc:
+                    if error_code(exc) != "NoSuchUpload":  # it has ended meanwhile
+                        raise
+                    continue
+            found = Leftovers(found.count + 1, found.size_bytes + size_bytes)
+        return found
+
+    def free_bytes(self) -> int | None:
+        return None
 
     def probe(self) -> StoreReport:
         with self._translated(""):
@@ -240,11 +309,14 @@ class S3Store:
 
     def _pages(self, prefix: str, options: dict[str, Any]) -> Iterator[Any]:
         check_prefix(prefix)
-        with self._translated(prefix):
-            paginator = self._client().get_paginator("list_objects_v2")
-            pages = iter(paginator.paginate(Bucket=self.bucket, Prefix=self._root + prefix, **options))
+        return self._paged("list_objects_v2", {"Prefix": self._root + prefix, **options})
+
+    def _paged(self, operation: Any, options: dict[str, Any]) -> Iterator[Any]:
+        about = options.get("Key") or options.get("Prefix") or ""
+        with self._translated(about):
+            pages = iter(self._client().get_paginator(operation).paginate(Bucket=self.bucket, **options))
         while True:
-            with self._translated(prefix):
+            with self._translated(about):
                 page = next(pages, None)
             if page is None:
                 return
@@ -283,7 +355,7 @@ class S3Store:
         if endpoint is None and addressing == "auto" and "." not in self.bucket:
             # By itself boto3 signs links for AWS's global host, which redirects young buckets of other regions.
             addressing = "virtual"
-        return boto3.session.Session().client(
+        client: S3Client = boto3.session.Session().client(
             "s3",
             endpoint_url=endpoint,
             region_name=self._region,
@@ -298,6 +370,26 @@ class S3Store:
                 response_checksum_validation="when_required",
             ),
         )
+        client.meta.events.register("before-parse.s3", _fail_broken_heads)
+        return client
+
+
+def _fail_broken_heads(response_dict: dict[str, Any], operation_model: Any, **_: Any) -> None:
+    """Let an answer that broke off within its head count as a 500, which boto3 asks for again.
+
+    To Python's HTTP the end of a connection ends a head as well as an empty line does: such an answer would be believed,
+    with no body, or with the half of a header.
+    """
+    headers, status = response_dict["headers"], response_dict["status_code"]
+    if status in (204, 304) or "transfer-encoding" in headers:
+        return
+    whole = headers.get("content-length", "").isdigit()
+    if operation_model.name == "HeadObject" and status == 200:
+        etag = headers.get("etag", "")
+        dated = parsedate_tz(headers.get("last-modified", "")) is not None
+        whole = whole and dated and bool(etag) and etag.startswith('"') == etag.endswith('"')
+    if not whole:
+        response_dict["status_code"], response_dict["body"] = 500, b""
 
 
 def _bare(etag: str) -> str:

@@ -113,6 +113,11 @@ class Translation:
         return StoreError(f"{what}; see FARM_STORE and the FARM_S3_* settings")
 
 
+def is_passing(code: str) -> bool:
+    """Whether asking again may well be answered otherwise."""
+    return code in _LATER or code == "ServiceUnavailable"
+
+
 def error_code(exc: ClientError) -> str:
     """S3's own code; of an answer to a HEAD, which has no body, the HTTP status."""
     return str(exc.response.get("Error", {}).get("Code", ""))

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from farm.devices import local_device
 from farm.ledger import Ledger
 from farm.manifest import load_manifest
-from farm.plan import ImageSpec
+from farm.plan import ImageSpec, Plan
 from farm.prompts import PromptReader
 from farm.receipt import ImageRow, Receipt
 from farm.settings import load_settings
@@ -61,10 +62,12 @@ class Terminal:
         path.write_text(f"name: {name}\n{text}")
         return path
 
-    def start(self, *arguments: object) -> psutil.Popen:
+    def start(self, *arguments: object, runtime: str = "runtime") -> psutil.Popen:
+        """Start a command; one with another `runtime` folder sees no farm of this one's."""
         command = [str(FARM), *map(str, arguments)]
+        env = self.env | {"FARM_RUNTIME_DIR": str(self.folder / runtime)}
         pipe = subprocess.PIPE
-        process = psutil.Popen(command, env=self.env, cwd=self.folder, stdout=pipe, stderr=pipe, text=True)
+        process = psutil.Popen(command, env=env, cwd=self.folder, stdout=pipe, stderr=pipe, text=True)
         self._started.append(process)
         return process
 
@@ -119,6 +122,11 @@ def ray_logs(process: psutil.Popen) -> Path:
     return Path(found[1]) / "logs"
 
 
+def said(logs: Path) -> str:
+    """All that the actors of a Ray wrote into their logs."""
+    return "".join(path.read_text(errors="replace") for path in logs.glob("worker-*.err"))
+
+
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
     terminal = Terminal(tmp_path)
@@ -162,6 +170,32 @@ def test_a_killed_renderer_costs_time_and_nothing_else(terminal):
     assert {row.status for row in rows} == {"ok"}
 
 
+def test_a_stopped_renderer_is_replaced_and_a_receipt_that_turns_up_late_counts(terminal):
+    manifest = terminal.manifest("frozen", SLEEPY.format(count=10, steps=20))
+    farm = terminal.start("render", manifest, "--renderers", 2)
+    until(lambda: terminal.receipts("frozen") >= 2)
+    logs = ray_logs(farm)
+    first = {process.pid for process in find(farm, "ray::Renderer")}
+    victim = find(farm, "ray::Renderer")[0]
+    victim.suspend()
+    ledger = terminal.ledger()
+    plan = ledger.plan("frozen")
+
+    def missing() -> list[int]:
+        return [int(shard) for shard in np.flatnonzero(~ledger.done_shards(plan, 1))]
+
+    until(lambda: len(missing()) <= 2)
+    late = next(shard for shard in missing() if ledger.commit(plan, late_receipt(ledger, plan, shard)))
+    until(lambda: {process.pid for process in find(farm, "ray::Renderer")} - first)
+    _, err = farm.communicate(timeout=200)
+    assert farm.returncode == 5, err
+    assert not victim.is_running()
+    failed = {row.index for row in terminal.rows("frozen") if row.status == "failed"}
+    assert failed == set(plan.shard_range(late))
+    assert len(terminal.rows("frozen")) == 30
+    assert "why='silent'" in said(logs)
+
+
 def test_a_killed_dispatcher_comes_back_and_its_renderers_keep_their_shards(terminal):
     manifest = terminal.manifest("headless", SLEEPY.format(count=20, steps=20))
     farm = terminal.start("render", manifest, "--renderers", 2)
@@ -175,9 +209,41 @@ def test_a_killed_dispatcher_comes_back_and_its_renderers_keep_their_shards(term
     _, err = farm.communicate(timeout=200)
     assert farm.returncode == 0, err
     assert len(terminal.rows("headless")) == 60
-    said = "".join(path.read_text(errors="replace") for path in logs.glob("worker-*.err"))
-    assert "finalised" in said
-    assert "lease given back" not in said
+    assert "finalised" in said(logs)
+    assert "lease given back" not in said(logs)
+
+
+def test_a_command_ended_with_sigkill_and_typed_again_waits_for_no_claim(terminal):
+    manifest = terminal.manifest("slain", SLEEPY.format(count=10, steps=20))
+    farm = terminal.start("render", manifest)
+    until(lambda: terminal.receipts("slain") >= 2)
+    assert (terminal.store / "claims" / "slain").is_file()
+    end(farm.pid)
+    farm.wait()
+    again = terminal.start("render", manifest)
+    until(lambda: find(again, "raylet"))
+    logs = ray_logs(again)
+    _, err = again.communicate(timeout=200)
+    assert again.returncode == 0, err
+    assert len(terminal.rows("slain")) == 30
+    assert "held=True" in said(logs)
+    assert "held=False" not in said(logs)
+    assert not (terminal.store / "claims").exists(), "it lets go of the job when that is done"
+
+
+def test_two_farms_on_one_store_render_a_job_once(terminal):
+    manifest = terminal.manifest("shared", SLEEPY.format(count=60, steps=20))
+    first = terminal.start("render", manifest)
+    until(lambda: terminal.receipts("shared") >= 1)
+    second = terminal.start("render", manifest, runtime="elsewhere")
+    _, first_err = first.communicate(timeout=200)
+    _, second_err = second.communicate(timeout=200)
+    assert (first.returncode, second.returncode) == (0, 0), first_err + second_err
+    assert "another farm" in second_err
+    rows = terminal.rows("shared")
+    assert len(rows) == 180
+    pictures = {str(path.relative_to(terminal.store)) for path in terminal.store.glob("jobs/shared/*/images/*/*")}
+    assert pictures == {row.object for row in rows}, "no picture was rendered twice"
 
 
 def test_ctrl_c_leaves_a_job_that_the_same_command_goes_on_with_and_no_process(terminal):
@@ -246,10 +312,7 @@ def test_retry_renders_the_failed_images_again_as_a_new_pass(terminal):
     request = prepare(load_manifest(manifest), settings, device=local_device(), renderers=1)
     plan = submit(request, ledger, now="2026-01-01T00:00:00Z").plan
     assert (plan.shards, plan.shard_images) == (4, 2)
-    specs = PromptReader(plan, ledger).specs(range(2))
-    rows = tuple(failed_row(spec) for spec in specs)
-    receipt = Receipt("patchy", plan.run, 1, 0, 0, 2, 1, "gone", "cpu", {}, "2026-01-01T00:00:00+00:00", {}, rows)
-    assert ledger.commit(plan, receipt)
+    assert ledger.commit(plan, late_receipt(ledger, plan, 0))
     out, _ = terminal.run("render", manifest, code=5)
     assert "6 of 8 images" in out
     assert "nan_picture" in out
@@ -257,6 +320,27 @@ def test_retry_renders_the_failed_images_again_as_a_new_pass(terminal):
     assert {row.status for row in terminal.rows("patchy")} == {"ok"}
     assert [row.pass_number for row in terminal.rows("patchy")] == [2, 2, 1, 1, 1, 1, 1, 1]
     terminal.run("verify", "patchy")
+
+
+def late_receipt(ledger: Ledger, plan: Plan, shard: int) -> Receipt:
+    """What a renderer that nobody waits for any more may still store: here that its images failed."""
+    specs = PromptReader(plan, ledger).specs(plan.shard_range(shard))
+    start, rows = plan.shard_range(shard).start, tuple(failed_row(spec) for spec in specs)
+    return Receipt(
+        plan.job,
+        plan.run,
+        1,
+        shard,
+        start,
+        start + len(rows),
+        1,
+        "gone",
+        "cpu",
+        {},
+        "2026-01-01T00:00:00+00:00",
+        {},
+        rows,
+    )
 
 
 def failed_row(spec: ImageSpec) -> ImageRow:

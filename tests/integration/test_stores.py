@@ -21,26 +21,38 @@ from farm.errors import (
     StoreUnavailableError,
 )
 from farm.settings import Settings
+from farm.storage.base import ObjectStore
 from farm.storage.opening import open_store
 from farm.storage.s3 import S3Store
 from tests.integration.servers import MotoProcess, S3Server, ceph
 from tests.store_contract import StoreContract
 
 
-class TestCeph(StoreContract):
+class BucketContract(StoreContract):
+    def leave_unfinished(self, store: ObjectStore) -> None:
+        assert isinstance(store, S3Store)
+        name = {"Bucket": store.bucket, "Key": store._key("half")}
+        upload = store._client().create_multipart_upload(**name)
+        store._client().upload_part(**name, UploadId=upload["UploadId"], PartNumber=1, Body=b"half")
+
+
+class TestCeph(BucketContract):
     @pytest.fixture
     def store(self, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Store:
         return s3_server.store(monkeypatch)
 
 
-class TestMoto(StoreContract):
+class TestMoto(BucketContract):
+    dates_uploads = False
+
     @pytest.fixture
     def store(self, moto_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Store:
         return moto_server.store(monkeypatch)
 
 
-class TestServerThatIgnoresConditions(StoreContract):
+class TestServerThatIgnoresConditions(BucketContract):
     conditional = False
+    dates_uploads = False
 
     @pytest.fixture
     def store(self, ignoring_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Store:
@@ -221,6 +233,39 @@ def test_what_servers_answer_becomes_the_farms_errors(
             assert server.endpoint in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("code", "error", "advice"),
+    [
+        ("AccessDenied", StoreDeniedError, "give them GetObject, PutObject, DeleteObject"),
+        ("InternalError", StoreUnavailableError, "wait, then start the job again"),
+    ],
+)
+def test_a_key_that_may_not_be_deleted_is_named(
+    code: str, error: type[Exception], advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Refusing(200, b"") as server:
+        store = S3Server(server.endpoint, "farm", "any", "any").store(monkeypatch, attempts=2)
+        prefix = store.url.removeprefix("s3://farm/")
+        server.content = (
+            f"<DeleteResult><Error><Key>{prefix}/jobs/b</Key><Code>{code}</Code><Message>because</Message></Error>"
+            "</DeleteResult>".encode()
+        )
+        with pytest.raises(error, match=rf"DeleteObjects of 'jobs/b' at .* answered {code} \(because\); .*{advice}"):
+            store.delete_many(["jobs/a", "jobs/b"])
+
+
+def test_a_server_that_deletes_one_at_a_time_is_asked_so(
+    moto_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with AnswersLost(moto_server.endpoint) as front:  # which answers 501 to a POST
+        store = S3Server(front.endpoint, "farm", "any", "any").store(monkeypatch)
+        for number in range(20):
+            store.put(f"k/{number}", b"")
+        store.delete_many(f"k/{number}" for number in range(19))
+        assert store._deletes_many is False
+        assert [info.key for info in store.list("")] == ["k/19"]
+
+
 def test_what_does_not_speak_s3_is_found_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     with Refusing(200, b"<html>welcome</html>") as server:
         store = S3Server(server.endpoint, "farm", "any", "any").store(monkeypatch, attempts=1)
@@ -350,7 +395,8 @@ class Refusing(Loopback):
 
     def __init__(self, status: int, content: bytes, *, only_conditional: bool = False):
         self.puts: list[bool] = []
-        puts = self.puts
+        self.content = content
+        puts, refusing = self.puts, self
 
         class Answering(Quiet):
             def refuse(self) -> None:
@@ -359,7 +405,7 @@ class Refusing(Loopback):
                 if self.command == "PUT":
                     puts.append(conditional)
                 if conditional or not only_conditional:
-                    self.answer(status, content)
+                    self.answer(status, refusing.content)
                 elif self.command == "HEAD" and self.path.strip("/").count("/"):
                     self.answer(404, b"")
                 else:

@@ -13,6 +13,7 @@ from farm.manifest import Manifest
 from farm.modelcard import ModelCard, ParamOverrides, RenderParams, Source
 from farm.plan import Numerics, Plan, PromptTable, Scalar, SeedRule
 from farm.receipt import ImageRow, Receipt
+from farm.records import Totals
 from farm.storage.local import LocalStore
 from farm.sweep import Template
 
@@ -34,11 +35,22 @@ def make_ledger(folder: Path) -> Ledger:
 
 
 def make_plan(
-    *, job: str = "shapes", run: str = "0a1b2c3d", rows: int = 5, seeds: int = 2, shard_images: int = 4
+    *,
+    job: str = "shapes",
+    run: str = "0a1b2c3d",
+    rows: int = 5,
+    seeds: int = 2,
+    shard_images: int = 4,
+    pilot: int | None = None,
+    pilot_shard_images: int | None = None,
+    **manifest_fields: object,
 ) -> Plan:
     """A plan of rows x seeds images."""
     prompts = [f"shape number {row}" for row in range(rows)]
-    manifest = Manifest.model_validate({"name": job, "model": "shapes", "prompts": prompts, "seeds": {"count": seeds}})
+    manifest = Manifest.model_validate(
+        {"name": job, "model": "shapes", "prompts": prompts, "seeds": {"count": seeds}, "pilot": pilot}
+        | manifest_fields
+    )
     return Plan.build(
         run=run,
         created_at="2026-11-21T10:00:00+00:00",
@@ -56,6 +68,8 @@ def make_plan(
         params=CARD.defaults,
         numerics=Numerics(device="cpu", dtype="float32", batch=4, threads=1, versions={"torch": "2.13.0"}),
         shard_images=shard_images,
+        pilot=pilot,
+        pilot_shard_images=pilot_shard_images,
     )
 
 
@@ -127,7 +141,7 @@ def commit_shard(
 ) -> Receipt:
     """Store a shard's pictures and its receipt."""
     indexes = ledger.shard_indexes(plan, pass_number, shard)
-    start = shard * plan.shard_images
+    start = shard * plan.pass_shard_images(pass_number)
     receipt = Receipt(
         job=plan.job,
         run=plan.run,
@@ -156,6 +170,30 @@ def commit_shard(
     )
     ledger.commit(plan, receipt)
     return receipt
+
+
+def render_pass(ledger: Ledger, plan: Plan, number: int, *, failed: Collection[int] = ()) -> None:
+    """Store every shard of a pass and close it, without a dataset."""
+    for shard in range(ledger.pass_shards(plan, number)):
+        commit_shard(ledger, plan, shard, pass_number=number, failed=failed)
+    ledger.put_totals(plan, number, make_totals(images=ledger.covered(plan, number), failed=len(failed)))
+
+
+def make_totals(*, images: int = 10, failed: int = 0, seconds: Mapping[str, float] = {}) -> Totals:
+    """What a pass came to."""
+    return Totals(
+        images=images,
+        ok=images - failed,
+        failed=failed,
+        flagged=0,
+        failures_by_code={"render": failed} if failed else {},
+        bytes=1000,
+        seconds=dict(seconds),
+        renderers=1,
+        started_at="2026-11-21T10:00:00+00:00",
+        finished_at="2026-11-21T10:01:00+00:00",
+        wall_seconds=60.0,
+    )
 
 
 def make_job(

@@ -38,3 +38,12 @@ def test_setting_a_bit_twice_counts_once_and_a_copy_is_its_own():
 def test_a_bit_that_is_not_there_is_refused(place):
     with pytest.raises(IndexError, match=f"bit {place} of 9"):
         Bitmap(9)[place]
+
+
+def test_what_one_has_beyond_another():
+    one, other = Bitmap(20), Bitmap(20)
+    for place in (1, 9, 19):
+        one.set(place)
+    other.set(9)
+    assert one.beyond(other) == [1, 19]
+    assert other.beyond(one) == []

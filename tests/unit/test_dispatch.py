@@ -1,74 +1,21 @@
-"""The dispatcher's rules, with the clock as an argument."""
+"""The dispatcher's rules on leases, with the clock as an argument."""
 
 import random
 
 import numpy as np
 import pytest
 
-from farm.dispatch import Dispatch
-from farm.lease import CONFIRM_S, LEASE_S, Ask, Beat, Completion, GiveBack, Hello, Lease, Renewal, Report
+from farm.lease import CONFIRM_S, LEASE_S, STAGE_LIMIT_S, STUCK_GRACE_S, Ask, Beat, Lease, Renewal, Reply, Report
 from farm.retry import (
     DEATHS_ALONE_BEFORE_SKIP,
     DEATHS_BEFORE_ALONE,
-    ERRORS_BEFORE_STALL,
+    ERRORS_BEFORE_ELSEWHERE,
     FINALISE_DEATHS_BEFORE_STALL,
     STORE_PATIENCE_S,
+    WAIT_S,
 )
-from farm.run import FINALISE, RunEntry
-
-
-def entry(job: str = "job", *, images: int = 10, shard_images: int = 4, **fields: object) -> RunEntry:
-    shards = -(-images // shard_images)
-    given = {
-        "job": job,
-        "run": f"{job}-run",
-        "model": "sketch",
-        "pass_number": 1,
-        "images": images,
-        "shard_images": shard_images,
-        "priority": 50,
-        "created_at": "2026-01-01T00:00:00Z",
-        "done": np.zeros(shards, dtype=bool),
-    }
-    return RunEntry(**(given | fields))  # type: ignore[arg-type]
-
-
-class Bench:
-    """A dispatch and the renderers that talk to it."""
-
-    def __init__(self, *entries: RunEntry, epoch: str = "e1"):
-        self.dispatch = Dispatch(epoch=epoch)
-        for one in entries:
-            self.dispatch.add(one)
-        self.now = 0.0
-        self.sequence: dict[str, int] = {}
-
-    def meet(self, renderer: str, *held: Lease, incarnation: str = "i") -> tuple[str, ...]:
-        return self.dispatch.meet(Hello(renderer, incarnation, "cpu", held), now=self.now)
-
-    def ask(self, renderer: str, *, model: str | None = None, repeat: bool = False) -> Lease | None:
-        if not repeat:
-            self.sequence[renderer] = self.sequence.get(renderer, 0) + 1
-        question = Ask(renderer, "i", self.dispatch.epoch, self.sequence[renderer], model)
-        return self.dispatch.ask(question, now=self.now).lease
-
-    def need(self, renderer: str) -> Lease:
-        lease = self.ask(renderer)
-        assert lease is not None
-        return lease
-
-    def beat(self, renderer: str, *reports: Report, epoch: str | None = None, whole: bool = True) -> Renewal:
-        return self.dispatch.renew(Beat(renderer, "i", epoch or self.dispatch.epoch, reports, whole), now=self.now)
-
-    def report(self, renderer: str, lease: Lease, *, ticks: int = 1, in_hand: tuple[int, ...] = (), stage="denoise"):
-        return self.beat(renderer, Report(lease.token, stage, ticks, 0.5, in_hand)).gone
-
-    def complete(self, renderer: str, lease: Lease, *, failed: int = 0) -> tuple[tuple[str, str], ...]:
-        done = Completion(lease, renderer, lease.images - failed, failed, {"denoise": 1.0})
-        return self.dispatch.complete(done, now=self.now)
-
-    def give_back(self, renderer: str, lease: Lease, code: str) -> None:
-        self.dispatch.give_back(GiveBack(lease, renderer, code, f"why: {code}"), now=self.now)
+from farm.run import FINALISE
+from tests.unit.dispatch_bench import Bench, entry, view
 
 
 def test_every_shard_is_leased_once_then_the_pass_is_finalised_once():
@@ -119,7 +66,7 @@ def test_the_leases_of_a_dead_renderer_go_back_at_once():
     bench.meet("b")
     lost = bench.need("a")
     bench.need("b")
-    bench.dispatch.lost("a")
+    bench.lose("a")
     again = bench.need("b")
     assert (again.shard, again.attempt) == (lost.shard, 2)
 
@@ -130,11 +77,12 @@ def test_a_silent_renderer_is_given_up_and_its_late_receipt_still_counts():
     silent = bench.need("a")
     for _ in range(int(LEASE_S) + 1):
         bench.now += 1.0
-        assert bench.dispatch.tick(now=bench.now) == () or bench.now > LEASE_S
+        assert bench.tick() == [] or bench.now > LEASE_S
     bench.meet("b")
     twin = bench.need("b")
     assert twin.shard == silent.shard
-    assert bench.complete("a", silent) == (("b", twin.token),)
+    bench.complete("a", silent)
+    assert bench.dropped == [("b", twin.token)]
     assert bench.dispatch.progress("job").done == 4
     bench.complete("b", twin)
     assert bench.dispatch.progress("job").done == 4
@@ -148,7 +96,7 @@ def test_a_silent_renderer_is_named_once_and_its_silence_blames_no_image():
         given_up = []
         for _ in range(int(LEASE_S) + 2):
             bench.now += 1.0
-            given_up += bench.dispatch.tick(now=bench.now)
+            given_up += bench.tick()
         assert given_up == [("a", "silent")]
     bench.meet("a")
     assert bench.need("a").alone == frozenset()
@@ -158,9 +106,9 @@ def test_a_dispatcher_that_stood_still_takes_nobody_for_silent():
     bench = Bench(entry())
     bench.meet("a")
     bench.need("a")
-    bench.dispatch.tick(now=bench.now)
+    bench.tick()
     bench.now += 10 * LEASE_S
-    assert bench.dispatch.tick(now=bench.now) == ()
+    assert bench.tick() == []
 
 
 def test_a_lease_that_is_reported_without_progress_is_stuck_and_its_batch_is_blamed():
@@ -169,14 +117,14 @@ def test_a_lease_that_is_reported_without_progress_is_stuck_and_its_batch_is_bla
         bench.meet("a")
         lease = bench.need("a")
         assert (lease.attempt, lease.alone) == (hang + 1, frozenset())
-        given_up: tuple[tuple[str, str], ...] = ()
+        given_up: list[tuple[str, str]] = []
         started = bench.now
         while not given_up and bench.now < started + 5000:
             bench.now += 4
             bench.report("a", lease, ticks=7, in_hand=(0, 1, 2, 3))
-            given_up = bench.dispatch.tick(now=bench.now)
-        assert given_up == (("a", "stuck"),)
-        assert bench.now - started == pytest.approx(604, abs=10)
+            given_up = bench.tick()
+        assert given_up == [("a", "stuck")]
+        assert bench.now - started == pytest.approx(634, abs=10)
     bench.meet("a")
     assert bench.need("a").alone == {0, 1, 2, 3}
 
@@ -205,7 +153,7 @@ def test_writing_a_dataset_that_ends_its_renderers_stalls_the_job():
     for _ in range(FINALISE_DEATHS_BEFORE_STALL):
         bench.meet("a")
         assert bench.need("a").task == "finalise"
-        bench.dispatch.lost("a")
+        bench.lose("a")
     assert bench.dispatch.stall_code("job") == "renderer_died"
     assert "writing the dataset" in bench.dispatch.progress("job").message
 
@@ -257,32 +205,9 @@ def test_a_lease_of_an_earlier_pass_or_of_a_done_shard_is_not_taken_over():
 
 def test_a_later_pass_replaces_an_earlier_one_and_never_the_other_way_round():
     bench = Bench(entry())
-    bench.dispatch.add(entry(pass_number=2, images=4, done=np.zeros(1, dtype=bool)))
-    bench.dispatch.add(entry())
+    bench.take_up(entry(pass_number=2, images=4, done=np.zeros(1, dtype=bool)))
+    bench.take_up(entry(), again=True)
     assert bench.dispatch.progress("job").pass_number == 2
-
-
-def test_a_cancelled_job_ends_its_leases_and_resumes_when_added_again():
-    bench = Bench(entry())
-    bench.meet("a")
-    lease = bench.need("a")
-    assert bench.dispatch.stop("job", "cancelled") == (("a", lease.token),)
-    assert bench.ask("a") is None
-    assert bench.dispatch.progress("job").state == "cancelled"
-    bench.give_back("a", lease, "cancelled")
-    bench.dispatch.add(entry())
-    assert bench.need("a").shard == 0
-
-
-def test_higher_priority_goes_first_then_the_loaded_model_then_age():
-    old = entry("old", created_at="2026-01-01", model="sketch")
-    other = entry("other", created_at="2026-01-02", model="flux")
-    urgent = entry("urgent", created_at="2026-01-03", priority=90, images=4)
-    bench = Bench(old, other, urgent)
-    bench.meet("a")
-    assert bench.ask("a", model="flux").job == "urgent"
-    assert bench.ask("a", model="flux").job == "other"
-    assert bench.ask("a", model=None).job == "old"
 
 
 def test_a_job_that_waits_for_another_says_so():
@@ -307,7 +232,7 @@ def test_a_batch_that_ends_its_renderer_again_and_again_is_narrowed_to_one_image
         for number, hand in enumerate(hands):
             bench.report("a", lease, ticks=number + 1, in_hand=hand)
             if 2 in hand:
-                bench.dispatch.lost("a")
+                bench.lose("a")
                 deaths += 1
                 break
         else:
@@ -323,10 +248,11 @@ def test_renderers_that_die_before_any_batch_stall_the_job_with_the_reason():
         bench.meet("a")
         lease = bench.need("a")
         bench.report("a", lease, stage="load")
-        bench.dispatch.lost("a")
+        bench.now += 11.0
+        bench.lose("a")
     assert bench.dispatch.stall_code("job") == "renderer_died"
     assert "without finishing a batch of sketch" in bench.dispatch.progress("job").message
-    bench.dispatch.add(entry())
+    bench.take_up(entry(), again=True)
     assert bench.dispatch.stall_code("job") is None
 
 
@@ -365,7 +291,7 @@ def test_a_renderer_that_cannot_run_a_plan_leaves_it_to_the_others():
     assert bench.dispatch.stall_code("job") is None
     bench.give_back("b", lease, "numerics")
     assert bench.dispatch.stall_code("job") == "numerics"
-    bench.dispatch.add(entry())
+    bench.take_up(entry(), again=True)
     assert bench.need("a").shard == 0
 
 
@@ -375,17 +301,19 @@ def test_a_job_that_only_a_dead_renderer_could_do_stalls_with_what_the_others_sa
     bench.meet("b")
     bench.give_back("a", bench.need("a"), "model_card")
     assert bench.dispatch.stall_code("job") is None
-    bench.dispatch.lost("b")
+    bench.lose("b")
     assert bench.dispatch.stall_code("job") == "model_card"
 
 
 def test_unexplained_errors_are_tried_again_a_few_times():
     bench = Bench(entry(images=4))
     bench.meet("a")
-    for attempt in range(1, ERRORS_BEFORE_STALL + 1):
+    for attempt in range(1, ERRORS_BEFORE_ELSEWHERE + 1):
         lease = bench.need("a")
         assert lease.attempt == attempt
         bench.give_back("a", lease, "internal")
+        assert bench.ask("a") is None, "it rests"
+        bench.now += WAIT_S[-1]
     assert bench.ask("a") is None
     assert bench.dispatch.stall_code("job") == "internal"
 
@@ -397,7 +325,7 @@ def test_speed_and_time_left_count_the_steps_of_shards_in_hand():
     for second in range(11):
         bench.now = float(second)
         bench.beat("a", Report(lease.token, "denoise", second, second / 50))
-        bench.dispatch.tick(now=bench.now)
+        bench.tick()
     progress = bench.dispatch.progress("job")
     assert progress.fraction == pytest.approx(0.10)
     assert progress.images_per_s == pytest.approx(1.0)
@@ -451,7 +379,7 @@ def test_whatever_fails_each_shard_is_done_once_and_no_two_live_leases_share_one
             bench.give_back(name, held[name].pop(), "cancelled")
         elif deed < 0.75:
             held[name].clear()
-            bench.dispatch.lost(name)
+            bench.lose(name)
             bench.meet(name)
         elif deed < 0.77:
             bench = rebuilt(f"e{step}")
@@ -466,11 +394,95 @@ def test_whatever_fails_each_shard_is_done_once_and_no_two_live_leases_share_one
             held[name] = [lease for lease in held[name] if lease.token not in gone]
         else:
             for _ in range(rng.choice([1, 1, 1, 40])):
-                bench.dispatch.tick(now=bench.now)
+                bench.tick()
                 bench.now += 1.0
-        alive = [h.lease.shard for h in bench.dispatch._held.values() if h.lease.task == "render"]
-        assert len(alive) == len(set(alive))
+        alive = [h.lease for h in bench.dispatch._board.held.values() if h.lease.task == "render"]
+        own = [lease.shard for lease in alive if not lease.twin]
+        assert len(own) == len(set(own))
+        assert len(alive) <= 2 * len({lease.shard for lease in alive})
         if finalised and bench.dispatch.progress("job").state == "done":
             break
     assert receipts == set(range(shards))
     assert finalised
+
+
+def test_a_question_that_was_answered_before_is_told_so_and_not_left_waiting():
+    bench = Bench(entry(images=8))
+    bench.meet("a")
+    unheard = bench.need("a")
+    bench.now += CONFIRM_S + 1
+    bench.beat("a")
+    question = Ask("a", "i", "e1", bench.sequence["a"], None)
+    assert bench.dispatch.ask(question, now=bench.now).late
+    assert bench.need("a").shard == unheard.shard
+
+
+def test_a_process_that_gave_its_name_to_another_is_told_to_drop_all_and_what_it_completes_counts():
+    bench = Bench(entry(images=12))
+    bench.meet("a", incarnation="earlier")
+    question = Ask("a", "earlier", "e1", 1, None)
+    zombie = bench.dispatch.ask(question, now=0).lease
+    assert zombie is not None
+    bench.meet("a")
+    lease = bench.need("a")
+    assert bench.meet("a", zombie, incarnation="earlier") == (zombie.token,)
+    reports = (Report(zombie.token, "denoise", 3, 0.5, (0, 1)),)
+    assert bench.dispatch.renew(Beat("a", "earlier", "e1", reports), now=0) == Renewal(
+        "e1", (zombie.token,), replaced=True
+    )
+    assert bench.dispatch.ask(Ask("a", "earlier", "e1", 2, None), now=0) == Reply("e1", replaced=True)
+    assert bench.report("a", lease) == (), "the newer one keeps what it has"
+    bench.complete("a", zombie)
+    assert bench.dispatch.progress("job").done == 4
+
+
+def test_a_process_that_was_born_later_takes_the_name_and_what_the_other_held_without_blame():
+    bench = Bench(entry(images=4))
+    bench.meet("a", incarnation="earlier")
+    lease = bench.dispatch.ask(Ask("a", "earlier", "e1", 1, None), now=0).lease
+    assert lease is not None
+    for _ in range(5):
+        bench.dispatch.renew(Beat("a", "earlier", "e1", (Report(lease.token, "denoise", 1, 0.1, (0, 1)),)), now=0)
+    bench.meet("a")
+    assert (bench.need("a").shard, bench.dispatch._board.runs["job-run"].blame) == (0, {})
+
+
+def test_a_silent_process_that_comes_back_is_let_in_when_nobody_took_its_name():
+    bench = Bench(entry(images=4))
+    bench.meet("a")
+    lease = bench.need("a")
+    bench.wait(LEASE_S + 2)
+    assert bench.ended == [("a", "silent")]
+    assert bench.meet("a", lease) == ()
+    bench.complete("a", lease)
+    assert bench.dispatch.progress("job").done == 4
+
+
+def test_no_twin_begins_after_finish_by():
+    bench = Bench(view(entry(images=8), finish_by=1_000_045.0))
+    bench.meet("a")
+    bench.meet("b")
+    bench.complete("b", bench.need("b"), denoise=4.0)
+    slow = bench.need("a")
+    for second in range(44):
+        bench.now += 1.0
+        bench.report("a", slow, ticks=second, fraction=0.001 * second)
+        bench.beat("b")
+        bench.tick()
+    bench.now = 46.0
+    assert bench.ask("b", model="sketch") is None
+
+
+def test_a_renderer_that_lives_holds_nothing_and_asks_for_nothing_is_stuck():
+    bench = Bench(entry())
+    bench.meet("a")
+    lease = bench.need("a")
+    bench.report("a", lease, stage="load")
+    bench.take_up(view(entry(), state="paused"))
+    started = bench.now
+    while not bench.ended and bench.now < started + 4000:
+        bench.now += 4.0
+        bench.beat("a")
+        bench.tick()
+    assert bench.ended == [("a", "stuck")]
+    assert bench.now - started == pytest.approx(STAGE_LIMIT_S["load"] + STUCK_GRACE_S, abs=10)

@@ -1,4 +1,7 @@
 import io
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -201,3 +204,93 @@ def test_the_measured_speed_is_kept_for_later_plans(tmp_path: Path) -> None:
     assert profile.images == 9
     assert profile.seconds_per_image == pytest.approx(sum(row.seconds for row in rows) / 9)
     assert (profile.width, profile.height, profile.num_inference_steps, profile.batch) == (64, 64, 4, 4)
+
+
+def test_a_pilots_pass_covers_the_pilots_images_and_the_next_one_all(tmp_path: Path) -> None:
+    ledger, plan = make_ledger(tmp_path), make_plan(rows=50, seeds=2, pilot=7)
+    ledger.create_plan(plan, 1)
+    for shard in range(ledger.pass_shards(plan, 1)):
+        commit_shard(ledger, plan, shard, failed={0})
+    totals = finalise(ledger, plan, 1)
+    shown = read_dataset(ledger, plan)["index"].to_pylist()
+    assert shown == ledger.pass_indexes(plan, 1).tolist()
+    assert (totals.images, totals.ok, totals.failed) == (7, len(shown) - (0 in shown), int(0 in shown))
+    assert ledger.totals(plan) == totals
+    assert not ledger.finished(plan)
+    ledger.open_pass(plan, 2, None)
+    for shard in range(ledger.pass_shards(plan, 2)):
+        commit_shard(ledger, plan, shard, pass_number=2)
+    assert finalise(ledger, plan, 1, rewrite=True) == totals
+    assert read_dataset(ledger, plan)["index"].to_pylist() == shown
+    totals = finalise(ledger, plan, 2)
+    assert read_dataset(ledger, plan)["index"].to_pylist() == list(range(100))
+    assert totals.images == 100
+    assert ledger.finished(plan)
+
+
+def test_the_sheet_of_a_large_pilot_is_spread_over_the_pilots_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, plan = make_ledger(tmp_path), make_plan(rows=100, seeds=4, pilot=80, shard_images=100)
+    ledger.create_plan(plan, 1)
+    for shard in range(ledger.pass_shards(plan, 1)):
+        commit_shard(ledger, plan, shard)
+    drawn: list[list[int]] = []
+
+    def draw_sheet(title: str, subtitle: str, tiles: list) -> bytes:
+        drawn.append([tile.row.index for tile in tiles])
+        assert subtitle.startswith("80 images · 48 of them shown")
+        return b""
+
+    monkeypatch.setattr(export, "draw_sheet", draw_sheet)
+    finalise(ledger, plan, 1)
+    pilot = ledger.pass_indexes(plan, 1).tolist()
+    assert len(drawn[0]) == 48
+    assert set(drawn[0]) <= set(pilot)
+    assert drawn[0][-1] in pilot[-3:]
+
+
+def test_two_that_finalise_at_once_leave_what_one_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(export, "PART_ROWS", 4)
+    left = []
+    for name, finishers in (("one", 1), ("many", 4)):
+        ledger, plan = make_job(tmp_path / name, shards=0)
+        for shard in range(plan.shards):
+            commit_shard(ledger, plan, shard, failed={3})
+        start = threading.Barrier(finishers)
+
+        def end(start: threading.Barrier = start, plan=plan, folder: Path = tmp_path / name) -> object:
+            start.wait()
+            return finalise(make_ledger(folder), plan, 1)
+
+        with ThreadPoolExecutor(finishers) as pool:
+            totals = [one.result() for one in [pool.submit(end) for _ in range(finishers)]]
+        assert all(one == totals[0] for one in totals)
+        left.append({info.key: ledger.store.get(info.key) for info in ledger.store.list("")})
+    assert left[0] == left[1]
+
+
+def test_totals_say_how_long_the_devices_worked_and_what_was_planned(tmp_path: Path) -> None:
+    ledger, plan = make_ledger(tmp_path), make_plan()
+    plan = plan.model_copy(update={"estimated_seconds_per_image": 0.75})
+    ledger.create_plan(plan, 1)
+    for shard in range(plan.shards):
+        commit_shard(ledger, plan, shard)
+    totals = finalise(ledger, plan, 1)
+    assert (totals.gpu_seconds, totals.planned_gpu_seconds) == (12.0, 7.5)
+    unknown, plan = make_job(tmp_path / "unknown")
+    found = unknown.totals(plan)
+    assert found is not None
+    assert (found.gpu_seconds, found.planned_gpu_seconds) == (12.0, None)
+
+
+def test_totals_of_an_older_farm_still_read(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path)
+    key = f"jobs/{plan.job}/{plan.run}/totals/0001.json"
+    fields = json.loads(ledger.store.get(key))
+    del fields["planned_gpu_seconds"]
+    ledger.store.put(key, json.dumps(fields).encode())
+    found = ledger.totals(plan)
+    assert found is not None
+    assert (found.gpu_seconds, found.planned_gpu_seconds) == (12.0, None)

@@ -1,5 +1,6 @@
 """The ledger over a folder: what is created once stays, and what is read back is what was meant."""
 
+import io
 import pickle
 import threading
 from collections.abc import Collection
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from farm.errors import ControlError, NewerVersionError, ObjectMissingError, RecordError, UnknownJobError
 from farm.ledger import Ledger
 from farm.plan import Plan
 from farm.receipt import ImageRow, Receipt
 from farm.records import Profile, Totals
+from farm.status import images_done
 from farm.storage.local import LocalStore
 from tests.unit.finished_jobs import make_plan
 
@@ -94,8 +98,8 @@ def receipt(
         run=plan.run,
         pass_number=pass_number,
         shard=shard,
-        start=shard * plan.shard_images,
-        stop=shard * plan.shard_images + len(indexes),
+        start=shard * plan.pass_shard_images(pass_number),
+        stop=shard * plan.pass_shard_images(pass_number) + len(indexes),
         attempt=1,
         renderer="renderer-0",
         device="CPU",
@@ -280,7 +284,7 @@ def test_rows_read_only_a_little_ahead(ledger: Ledger, store: CountingStore) -> 
     assert next(rows).index == 0
     assert store.gets <= 9
     rows.close()
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("farm-ledger")]
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
     assert threads == []
 
 
@@ -367,6 +371,132 @@ def test_ten_million_images_take_little_to_look_over(ledger: Ledger, store: Coun
     assert store.gets == 0
 
 
+PILOT = make_plan(rows=5, seeds=2, shard_images=4, pilot=3, pilot_shard_images=2)
+
+
+def test_a_pilot_is_rendered_first_and_the_others_once_it_is_approved(ledger: Ledger, store: CountingStore) -> None:
+    pilot = ledger.pass_indexes(PILOT, 1)
+    assert pilot is not None
+    assert pilot.tolist() == [0, 4, 6]
+    assert (ledger.pass_images(PILOT, 1), ledger.pass_shards(PILOT, 1), ledger.covered(PILOT, 1)) == (3, 2, 3)
+    assert [list(ledger.shard_indexes(PILOT, 1, shard)) for shard in (0, 1)] == [[0, 4], [6]]
+    commit_all(ledger, plan=PILOT, failed={4})
+    assert (ledger.finished(PILOT), ledger.left_out(PILOT)) == (False, 7)
+    with pytest.raises(ControlError, match="pass 2 of job shapes cannot open while pass 1 is unfinished"):
+        ledger.open_pass(PILOT, 2, None)
+    ledger.put_totals(PILOT, 1, TOTALS)
+    assert (ledger.closed(PILOT, 1), ledger.finished(PILOT)) == (True, False)
+    with pytest.raises(ControlError, match="is for the 7 images that its pilot left out; approve the pilot first"):
+        ledger.open_pass(PILOT, 2, np.array([4]))
+    assert ledger.open_pass(PILOT, 2, None) is True
+    assert ledger.open_pass(PILOT, 2, None) is False
+    assert np.load(io.BytesIO(store.get(f"{ROOT}/passes/0002.npy"))).tolist() == []
+    assert ledger.pass_indexes(PILOT, 2) is None
+    assert (ledger.pass_images(PILOT, 2), ledger.pass_shards(PILOT, 2), ledger.covered(PILOT, 2)) == (7, 2, 10)
+    assert [list(ledger.shard_indexes(PILOT, 2, shard)) for shard in (0, 1)] == [[1, 2, 3, 5], [7, 8, 9]]
+    commit_all(ledger, plan=PILOT, pass_number=2, failed={9})
+    assert [(found.index, found.pass_number) for found in ledger.rows(PILOT)] == [
+        (0, 1), (1, 2), (2, 2), (3, 2), (4, 1), (5, 2), (6, 1), (7, 2), (8, 2), (9, 2),
+    ]  # fmt: skip
+    assert ledger.failed_indexes(PILOT).tolist() == [4, 9]
+    assert ledger.finished(PILOT) is False
+    ledger.put_totals(PILOT, 2, TOTALS)
+    assert (ledger.finished(PILOT), ledger.left_out(PILOT)) == (True, 0)
+    assert ledger.open_pass(PILOT, 3, ledger.failed_indexes(PILOT)) is True
+    commit_all(ledger, plan=PILOT, pass_number=3, failed={9})
+    assert ledger.failed_indexes(PILOT).tolist() == [9]
+
+
+def test_a_pass_over_every_image_again_builds_no_list(ledger: Ledger, store: CountingStore) -> None:
+    commit_all(ledger, failed={3, 9})
+    ledger.put_totals(PLAN, 1, TOTALS)
+    assert ledger.open_pass(PLAN, 2, None)
+    assert len(store.get(f"{ROOT}/passes/0002.npy")) == 128
+    assert (ledger.pass_indexes(PLAN, 2), ledger.pass_images(PLAN, 2), ledger.pass_shards(PLAN, 2)) == (None, 10, 3)
+    assert ledger.commit(PLAN, receipt(ledger, 0, pass_number=2, failed={1}))
+    assert ledger.failed_indexes(PLAN).tolist() == [1, 9]
+    assert [found.pass_number for found in ledger.rows(PLAN)] == [2] * 4 + [1] * 6
+
+
+def test_the_others_of_a_huge_job_cost_what_the_pilot_does(ledger: Ledger) -> None:
+    plan = make_plan(rows=1000, seeds=1_000_000, shard_images=10_000, pilot=200, pilot_shard_images=4)
+    ledger.put_totals(plan, 1, TOTALS)
+    ledger.open_pass(plan, 2, None)
+    assert (ledger.pass_images(plan, 2), ledger.pass_shards(plan, 2)) == (999_999_800, 100_000)
+    last = ledger.shard_indexes(plan, 2, 99_999)
+    assert (len(last), last[-1]) == (9_800, 999_999_999)
+
+
+def test_a_deleted_job_is_there_for_nobody(ledger: Ledger, store: CountingStore) -> None:
+    ledger.create_plan(PLAN, 1)
+    assert (ledger.deleted("shapes"), ledger.deleted("a/b"), ledger.deleted_jobs()) == (False, False, [])
+    store.put("deleted/shapes", b"")
+    assert (ledger.deleted("shapes"), ledger.deleted_jobs(), ledger.jobs(), ledger.plans("shapes")) == (
+        True,
+        ["shapes"],
+        [],
+        [],
+    )
+    with pytest.raises(UnknownJobError, match=r"is being deleted; run farm delete shapes again, which ends it"):
+        ledger.plan("shapes")
+
+
+def test_a_change_carries_its_values(ledger: Ledger) -> None:
+    assert ledger.last_control("shapes") == 0
+    said = ledger.append_control(
+        "shapes", "change", at="2026-11-21T10:00:00+00:00", by="alice", priority=80, max_images=9
+    )
+    assert ledger.controls("shapes") == [said]
+    assert (said.priority, said.max_images, said.gpu_hours, said.finish_by) == (80, 9, None, None)
+    assert ledger.last_control("shapes") == 1
+
+
+def test_a_control_of_a_newer_farm_is_refused(ledger: Ledger, store: CountingStore) -> None:
+    store.put("jobs/shapes/control/000001.json", b'{"version": 99, "seq": 1, "action": "teleport"}')
+    with pytest.raises(
+        NewerVersionError, match=r"control/000001.json: control of version 99 was written by a newer farm"
+    ):
+        ledger.controls("shapes")
+
+
 def test_a_ledger_goes_to_another_process(ledger: Ledger) -> None:
     ledger.create_plan(PLAN, 1)
     assert pickle.loads(pickle.dumps(ledger)).plan("shapes") == PLAN
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_whatever_passes_there_were_each_image_has_its_latest_row(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    ledger = Ledger(LocalStore(tmp_path_factory.mktemp("store")))
+    plan = make_plan(
+        rows=data.draw(st.integers(1, 12), "rows"),
+        seeds=2,
+        shard_images=data.draw(st.integers(1, 7), "shard_images"),
+        pilot=data.draw(st.none() | st.integers(1, 10), "pilot"),
+        pilot_shard_images=data.draw(st.integers(1, 4), "pilot_shard_images"),
+    )
+    every = range(plan.images)
+    latest: dict[int, tuple[int, bool]] = {}
+    last = data.draw(st.integers(1, 4), "passes")
+    for number in range(1, last + 1):
+        if number > 1:
+            ledger.put_totals(plan, number - 1, TOTALS)
+            left = ledger.covered(plan, number - 1) < plan.images
+            wanted = None if left else data.draw(st.none() | st.sets(st.sampled_from(every), min_size=1), "again")
+            assert ledger.open_pass(plan, number, None if wanted is None else np.array(sorted(wanted)))
+        failed = data.draw(st.sets(st.sampled_from(every)), "failed")
+        shards = range(ledger.pass_shards(plan, number))
+        done = data.draw(st.sets(st.sampled_from(shards)), "done") if number == last else set(shards)
+        for shard in done:
+            ledger.commit(plan, receipt(ledger, shard, plan=plan, pass_number=number, failed=failed))
+            latest |= {index: (number, index in failed) for index in ledger.shard_indexes(plan, number, shard)}
+    rows = [(row.index, (row.pass_number, row.status == "failed")) for row in ledger.rows(plan)]
+    assert rows == sorted(latest.items())
+    assert ledger.failed_indexes(plan).tolist() == [index for index, (_, failed) in sorted(latest.items()) if failed]
+    in_last = [index for shard in shards for index in ledger.shard_indexes(plan, last, shard)]
+    rendered = sum(latest.get(index, (0, False))[0] == last for index in in_last)
+    assert ledger.rendered(plan, last, ledger.done_shards(plan, last)) == rendered
+    assert images_done(ledger, plan) == ledger.covered(plan, last) - len(in_last) + rendered
+    assert ledger.finished(plan) is False

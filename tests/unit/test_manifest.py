@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from farm.errors import ManifestError
-from farm.manifest import Manifest, PromptFile, PromptTemplate, SeedCount, VaryFile, load_manifest
+from farm.manifest import Budget, Manifest, PromptFile, PromptTemplate, SeedCount, VaryFile, load_manifest
 
 HEAD = "name: job\nmodel: sketch\nprompts: [a]\n"
 
@@ -52,6 +52,24 @@ priority: 60
     assert manifest.seeds == SeedCount(count=4, rule="key")
     assert (manifest.preset, manifest.params.guidance_scale, manifest.params.negative_prompt) == ("draft", 0.0, "")
     assert (manifest.output.format, manifest.output.quality, manifest.priority) == ("webp", 95, 60)
+
+
+@pytest.mark.parametrize(
+    ("written", "moment"),
+    [
+        ("2026-12-01T09:00+08:00", "2026-12-01T09:00:00+08:00"),
+        ("2026-12-01 09:00:00 +08:00", "2026-12-01T09:00:00+08:00"),
+        ("'2026-12-01T09:00:30Z'", "2026-12-01T09:00:30+00:00"),
+        ("2026-12-01T09:00:00 Z", "2026-12-01T09:00:00+00:00"),
+    ],
+)
+def test_limits_are_read(tmp_path: Path, written: str, moment: str) -> None:
+    text = HEAD + f"pilot: 200\nfinish_by: {written}\nbudget: {{gpu_hours: 1.5, images: 5000}}\n"
+    manifest = load(tmp_path, text)
+    assert (manifest.pilot, manifest.finish_by) == (200, moment)
+    assert manifest.budget == Budget(gpu_hours=1.5, images=5000)
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+    assert load(tmp_path, HEAD + "budget: {gpu_hours: 2}\n").budget == Budget(gpu_hours=2.0)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +123,37 @@ BAD = [
     ("name: job\nmodel: m\n", "m.yaml:1: `prompts` is missing; add it"),
     (HEAD + "steps: 9\n", "m.yaml:4: unknown key `steps`; it is called num_inference_steps, in params"),
     (HEAD + "priorty: 9\n", "m.yaml:4: unknown key `priorty`; did you mean priority?"),
-    (HEAD + "pilot: 200\n", "m.yaml:4: unknown key `pilot`"),
+    (HEAD + "deadline: tomorrow\n", "m.yaml:4: unknown key `deadline`; it is called finish_by, at the top"),
+    (HEAD + "finish-by: x\n", "m.yaml:4: unknown key `finish-by`; did you mean finish_by?"),
+    (
+        HEAD + "gpu_hours: 3\n",
+        "m.yaml:4: unknown key `gpu_hours`; write budget: {gpu_hours: N, images: N}, or one of them",
+    ),
+    (HEAD + "preview: 9\n", "m.yaml:4: unknown key `preview`; it is called pilot, at the top"),
+    (HEAD + "owner: me\n", "m.yaml:4: unknown key `owner`; the owner is a setting: FARM_OWNER"),
+    (HEAD + "pilot: 0\n", "m.yaml:4: pilot: must be above 0, got 0; change it"),
+    (HEAD + "pilot: 2.5\n", "m.yaml:4: pilot: must be a whole number, got 2.5; change it"),
+    (HEAD + "pilot: 1000001\n", "m.yaml:4: pilot: must be at most 1000000, got 1000001; change it"),
+    (
+        HEAD + "finish_by: 2026-12-01T09:00\n",
+        "m.yaml:4: finish_by: needs an offset from UTC, got '2026-12-01T09:00'; write 2026-12-01T09:00Z for UTC, or an "
+        "offset of yours as 2026-12-01T09:00+08:00",
+    ),
+    (
+        HEAD + "finish_by: 2026-12-01\n",
+        "m.yaml:4: finish_by: needs an offset from UTC, got '2026-12-01'; write 2026-12-01T00:00Z for UTC",
+    ),
+    (
+        HEAD + "finish_by: noon\n",
+        "m.yaml:4: finish_by: must be a moment such as 2026-12-01T09:00+08:00, got 'noon'; write date, time and offset",
+    ),
+    (HEAD + "finish_by: 1764550800\n", "m.yaml:4: finish_by: must be a moment such as"),
+    (HEAD + "finish_by: [1]\n", "m.yaml:4: finish_by: must be a moment such as"),
+    (HEAD + "budget: {}\n", "m.yaml:4: budget: limits nothing; write gpu_hours, images or both, or leave budget out"),
+    (HEAD + "budget:\n  gpu_hours: 0\n", "m.yaml:5: budget.gpu_hours: must be above 0.0, got 0; change it"),
+    (HEAD + "budget:\n  images: 2.5\n", "m.yaml:5: budget.images: must be a whole number, got 2.5; change it"),
+    (HEAD + "budget: {hours: 3}\n", "m.yaml:4: unknown key `hours` in budget; did you mean gpu_hours?"),
+    (HEAD + "budget: 30\n", "m.yaml:4: budget: must be a mapping of keys to values, got 30; change it"),
     (
         HEAD + "params:\n  cfg_scale: 7\n",
         "m.yaml:5: unknown key `cfg_scale` in params; it is called guidance_scale, in params",
@@ -242,5 +290,5 @@ def test_file_that_is_not_there_or_a_folder_is_named(tmp_path: Path) -> None:
 def test_every_example_loads() -> None:
     folder = Path(__file__).parents[2] / "manifests"
     files = [*sorted(folder.glob("*.yaml")), *sorted((folder / "examples").glob("*.yaml"))]
-    assert len(files) == 5
+    assert len(files) == 6
     assert {load_manifest(file).manifest.model for file in files} == {"sketch"}

@@ -167,9 +167,31 @@ def test_plan_survives_json() -> None:
     assert Plan.model_validate_json(made.model_dump_json()) == made
 
 
+def test_plan_of_version_1_has_no_owner_and_no_pilot() -> None:
+    old = json.loads(plan().model_dump_json()) | {"version": 1}
+    for name in ("owner", "pilot", "pilot_shard_images", "estimated_seconds_per_image"):
+        del old[name]
+    for name in ("pilot", "finish_by", "budget"):
+        del old["manifest"][name]
+    read = Plan.model_validate_json(json.dumps(old))
+    assert (read.version, read.owner, read.pilot, read.digest) == (1, "", None, plan().digest)
+
+
+def test_a_pilot_is_in_the_digest_and_has_shards_of_its_own() -> None:
+    made = plan(pilot=5, pilot_shard_images=2, owner="alice")
+    assert (made.pass_shard_images(1), made.pass_shard_images(2), made.shards) == (2, 4, 3 + 2)
+    assert len({plan().digest, made.digest, plan(pilot=6, pilot_shard_images=2).digest, plan(pilot=5).digest}) == 4
+    assert plan(pilot=5, pilot_shard_images=2, owner="bob").digest == made.digest
+
+
+def test_a_pilot_of_all_images_is_none() -> None:
+    made = plan(pilot=12, pilot_shard_images=2)
+    assert (made.pilot, made.pilot_shard_images, made.shards, made.digest) == (None, None, 3, plan().digest)
+
+
 def test_plan_of_a_newer_farm_is_refused_before_anything_else() -> None:
-    data = {"version": 2, "job": "job", "unheard": 1}
-    with pytest.raises(NewerVersionError, match="plan of job job: version 2 was written by a newer farm"):
+    data = {"version": 99, "job": "job", "unheard": 1}
+    with pytest.raises(NewerVersionError, match="plan of job job: version 99 was written by a newer farm"):
         Plan.model_validate_json(json.dumps(data))
 
 

@@ -180,3 +180,21 @@ def test_a_full_or_forbidden_disk_is_one_clear_error(
     monkeypatch.undo()
     assert not list((tmp_path / "pulled").rglob("*.png"))
     assert pull(ledger, [plan], tmp_path / "pulled").pictures == 10
+
+
+def test_a_pilot_that_waits_is_pulled_alone_and_the_others_come_to_it_later(tmp_path: Path) -> None:
+    ledger, plan = make_ledger(tmp_path / "store"), make_plan(pilot=3)
+    ledger.create_plan(plan, 1)
+    commit_shard(ledger, plan, 0)
+    finalise(ledger, plan, 1)
+    to = tmp_path / "pulled"
+    assert pull(ledger, [plan], to).pictures == 3
+    assert [line["index"] for line in metadata(to)] == [0, 4, 6]
+    assert pq.read_table(to / "dataset" / "0001").column("index").to_pylist() == [0, 4, 6]
+    ledger.open_pass(plan, 2, None)
+    for shard in (0, 1):
+        commit_shard(ledger, plan, shard, pass_number=2)
+    finalise(ledger, plan, 2)
+    pulled = pull(ledger, [plan], to)
+    assert (pulled.pictures, pulled.kept) == (10, 3)
+    assert pq.read_table(to / "dataset" / "0001").column("index").to_pylist() == list(range(10))

@@ -1,21 +1,43 @@
 """A renderer beside a dispatcher in one process: the real rules, store, engine and receipts; only Ray is left out."""
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from farm.cores import Cores
 from farm.dispatch import Dispatch
-from farm.errors import DeviceLostError, FarmUnavailableError, StoreUnavailableError
-from farm.lease import Ask, Beat, Completion, GiveBack, Hello, Lease, Renewal, Reply
+from farm.errors import CancelledError, DeviceLostError, FarmUnavailableError, StoreUnavailableError
+from farm.lease import (
+    STAGE_LIMIT_S,
+    Ask,
+    Beat,
+    Check,
+    Completion,
+    Drop,
+    GiveBack,
+    Hello,
+    Lease,
+    Read,
+    Renewal,
+    Reply,
+    Revoke,
+)
 from farm.ledger import Ledger, Totals
 from farm.plan import Plan, PromptTable
-from farm.rebuild import open_runs
-from farm.renderer import Cores, Renderer
+from farm.rebuild import completion_of, read_job
+from farm.renderer import REPLACED_EXIT, STUCK_EXIT, Renderer
+from farm.shard import ShardProgress, ShardRunner
 from farm.storage.local import LocalStore
 from farm.sweep import Template
+from farm.task import Task
+from farm.watchdog import Watchdog
 from tests.unit.finished_jobs import make_plan
 
 
@@ -30,21 +52,36 @@ class InProcess:
         self.asked: list[Ask] = []
         self.given_back: list[GiveBack] = []
         self.completed: list[Lease] = []
+        self.beats: list[Beat] = []
+        self.every_s: float | None = None
+        self.renderers: dict[str, Renderer] = {}
         self.restart()
 
     def restart(self) -> None:
         self.restarts += 1
         self.dispatch = Dispatch(epoch=f"epoch-{self.restarts}")
-        for entry in open_runs(self._ledger, self._job):
-            self.dispatch.add(entry)
+        self.dispatch.take_up(read_job(self._ledger, self._job), now=self.now)
 
     @property
     def now(self) -> float:
-        return asyncio.get_running_loop().time()
+        return time.monotonic()
 
     def _answer(self) -> None:
         if self.away:
             raise FarmUnavailableError("away")
+
+    def act(self) -> None:
+        """Do what the rules ask for."""
+        for effect in self.dispatch.effects():
+            match effect:
+                case Drop(renderer, token):
+                    self.renderers[renderer].drop(token)
+                case Revoke(renderer, token):
+                    self.renderers[renderer].revoke(token)
+                case Check():
+                    self.dispatch.checked(effect, completion_of(self._ledger, effect), now=self.now)
+                case Read(job):
+                    self.dispatch.take_up(read_job(self._ledger, job), now=self.now)
 
     async def meet(self, hello: Hello) -> tuple[str, ...]:
         self._answer()
@@ -54,23 +91,29 @@ class InProcess:
         self._answer()
         self.asked.append(question)
         reply = self.dispatch.ask(question, now=self.now)
+        self.act()
         if reply.lease is None:
             await asyncio.sleep(0.01)
         return reply
 
     async def renew(self, beat: Beat) -> Renewal:
         self._answer()
-        return self.dispatch.renew(beat, now=self.now)
+        self.beats.append(beat)
+        renewal = self.dispatch.renew(beat, now=self.now)
+        self.act()
+        return renewal if self.every_s is None else replace(renewal, every_s=self.every_s)
 
     async def complete(self, completion: Completion) -> None:
         self._answer()
         self.completed.append(completion.lease)
         self.dispatch.complete(completion, now=self.now)
+        self.act()
 
     async def give_back(self, end: GiveBack) -> None:
         self._answer()
         self.given_back.append(end)
         self.dispatch.give_back(end, now=self.now)
+        self.act()
 
 
 @pytest.fixture
@@ -94,10 +137,22 @@ def ledger(tmp_path: Path, plan: Plan) -> Ledger:
     return ledger
 
 
-def make_renderer(ledger: Ledger, link: InProcess, name: str = "renderer-0") -> Renderer:
-    return Renderer(
-        name=name, incarnation="i", device="cpu", device_name="a CPU", cores=1, vram_gib=16, ledger=ledger, link=link
+def make_renderer(
+    ledger: Ledger, link: InProcess, name: str = "renderer-0", *, cores: int = 1, **options: Any
+) -> Renderer:
+    renderer = Renderer(
+        name=name,
+        incarnation="i",
+        device="cpu",
+        device_name="a CPU",
+        cores=cores,
+        vram_gib=16,
+        ledger=ledger,
+        link=link,
+        **options,
     )
+    link.renderers[name] = renderer
+    return renderer
 
 
 def slower(plan: Plan, *, steps: int) -> Plan:
@@ -138,9 +193,7 @@ def test_a_job_is_rendered_finalised_and_known_as_done(ledger, plan):
 
 def test_a_small_model_is_rendered_on_several_cores_side_by_side(ledger, plan):
     link = InProcess(ledger, plan.job)
-    renderer = Renderer(
-        name="a", incarnation="i", device="cpu", device_name="a CPU", cores=3, vram_gib=16, ledger=ledger, link=link
-    )
+    renderer = make_renderer(ledger, link, cores=3)
     most = 0
 
     def done() -> bool:
@@ -173,12 +226,13 @@ def test_two_renderers_share_a_job(ledger, plan):
 
 
 def test_a_dispatcher_that_restarts_in_mid_shard_lets_its_renderer_go_on(ledger, plan, monkeypatch):
-    monkeypatch.setattr("farm.renderer.RENEW_S", 0.02)
     slow = slower(plan, steps=20)
     assert ledger.create_plan(slow, 2)
     ledger.put_totals(plan, 1, _totals())
     link = InProcess(ledger, plan.job)
+    link.every_s = 0.02
     renderer = make_renderer(ledger, link)
+    renderer._beat_s = 0.02
     rendered: list[str] = []
 
     def done() -> bool:
@@ -230,9 +284,9 @@ def test_a_dropped_lease_ends_within_a_step_and_blames_nobody(ledger, plan):
 
     def done() -> bool:
         if not dropped and renderer._tasks and any(t.progress.stage == "denoise" for t in renderer._tasks.values()):
-            dropped.extend(link.dispatch.stop(plan.job, "cancelled"))
-            for _, token in dropped:
-                renderer.drop(token)
+            dropped.append(ledger.append_control(plan.job, "cancel", at="2026-01-01T00:00:00+00:00", by="me"))
+            link.dispatch.take_up(read_job(ledger, plan.job), now=link.now)
+            link.act()
         return bool(link.given_back)
 
     run_until(done, renderer)
@@ -250,8 +304,6 @@ def test_a_retired_renderer_gives_back_what_it_holds(ledger, plan):
 
 def test_a_retired_renderer_does_not_wait_for_its_question_to_be_answered(ledger, plan):
     link = InProcess(ledger, plan.job)
-    for shard in range(4):
-        link.dispatch._runs[plan.run].done[shard] = True
 
     async def parked(question: Ask) -> Reply:
         await asyncio.sleep(3600)
@@ -268,18 +320,7 @@ def test_a_device_that_failed_ends_the_process_after_the_lease_went_back(ledger,
     monkeypatch.setattr("farm.shard.ShardRunner.run", fail)
     link = InProcess(ledger, plan.job)
     ended: list[int] = []
-    renderer = Renderer(
-        name="a",
-        incarnation="i",
-        device="cpu",
-        device_name="a CPU",
-        cores=1,
-        vram_gib=16,
-        ledger=ledger,
-        link=link,
-        end_process=ended.append,
-    )
-    run_until(lambda: ended, renderer)
+    run_until(lambda: ended, make_renderer(ledger, link, end_process=ended.append))
     assert link.given_back[0].code == "device_lost"
 
 
@@ -293,6 +334,180 @@ def test_a_plan_made_for_other_versions_is_left_to_others_with_both_versions_nam
     run_until(lambda: link.dispatch.stall_code(plan.job), make_renderer(ledger, link))
     assert link.dispatch.stall_code(plan.job) == "numerics"
     assert "numpy 0.1" in link.dispatch.progress(plan.job).message
+
+
+class Hung:
+    """A shard runner that begins and then hangs, as in a driver, until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.begun = threading.Event()
+        self.end = threading.Event()
+        monkeypatch.setattr("farm.shard.ShardRunner.run", self._run)
+
+    def _run(self, *, on_device: Any, on_progress: Callable[[ShardProgress], None], **_: object) -> None:
+        if on_device.acquire(timeout=5):
+            on_progress(ShardProgress(stage="denoise", ticks=1, in_hand=(0,)))
+            self.begun.set()
+            self.end.wait(20)
+            on_device.release()
+        raise StoreUnavailableError("let go")
+
+
+def test_a_renderer_on_which_nothing_progresses_ends_its_own_process(ledger, plan, monkeypatch):
+    monkeypatch.setattr("farm.renderer.WATCH_S", 0.01)
+    hung = Hung(monkeypatch)
+    link = InProcess(ledger, plan.job)
+    ended: list[int] = []
+
+    def end_process(code: int) -> None:
+        ended.append(code)
+        hung.end.set()
+
+    watchdog = Watchdog({**STAGE_LIMIT_S, "denoise": 0.1})
+    run_until(lambda: ended, make_renderer(ledger, link, watchdog=watchdog, end_process=end_process))
+    assert ended == [STUCK_EXIT]
+
+
+def test_a_receipt_that_no_dispatcher_takes_in_is_nothing_to_be_stuck_on(ledger, plan, monkeypatch):
+    monkeypatch.setattr("farm.renderer.WATCH_S", 0.01)
+    monkeypatch.setattr("farm.renderer.CALL_AGAIN_S", (0.02,))
+    link = InProcess(ledger, plan.job)
+    ended: list[int] = []
+    told: list[float] = []
+
+    async def away(completion: Completion) -> None:
+        told.append(link.now)
+        raise FarmUnavailableError("away")
+
+    link.complete = away
+    watchdog = Watchdog({**STAGE_LIMIT_S, "write": 0.2, "waiting": 30.0})
+    renderer = make_renderer(ledger, link, watchdog=watchdog, end_process=ended.append)
+    run_until(lambda: told and told[-1] - told[0] > 0.5, renderer)
+    assert ended == []
+
+
+def test_a_renderer_whose_dispatcher_is_gone_for_good_stores_what_it_holds_and_does_not_spin(ledger, plan, monkeypatch):
+    slow = slower(plan, steps=10)
+    assert ledger.create_plan(slow, 2)
+    ledger.put_totals(plan, 1, _totals())
+    monkeypatch.setattr("farm.renderer.CALL_AGAIN_S", (0.05,))
+    link = InProcess(ledger, plan.job)
+    renderer = make_renderer(ledger, link)
+    calls = 0
+    gone_at = 0.0
+
+    def answer() -> None:
+        nonlocal calls
+        calls += link.away
+        if link.away:
+            raise FarmUnavailableError("away")
+
+    link._answer = answer
+
+    def done() -> bool:
+        nonlocal gone_at
+        if not link.away and any(task.begun for task in renderer._tasks.values()):
+            link.away, gone_at = True, link.now
+        return link.away and ledger.done_shards(slow, 1).any() and link.now - gone_at > 1.0
+
+    run_until(done, renderer)
+    stored = int(ledger.done_shards(slow, 1).sum())
+    assert 1 <= stored <= 2
+    assert calls <= 3 * 20 * 1.5
+
+
+def test_a_revoked_lease_that_has_not_begun_goes_back_and_one_that_has_goes_on(ledger, plan, monkeypatch):
+    hung = Hung(monkeypatch)
+    link = InProcess(ledger, plan.job)
+    renderer = make_renderer(ledger, link)
+    revoked: list[str] = []
+
+    def done() -> bool:
+        if hung.begun.is_set() and len(renderer._tasks) == 2 and not revoked:
+            revoked.extend(renderer._tasks)
+            for token in revoked:
+                renderer.revoke(token)
+            renderer.revoke("never leased")
+        waits = [task for task in renderer._tasks.values() if task.lease.token in revoked[1:]]
+        if revoked and not waits and not hung.end.is_set():
+            begun = renderer._tasks[revoked[0]]
+            assert (begun.begun, begun.revoked, begun.stop.is_set()) == (True, False, False)
+            hung.end.set()
+        return len(link.given_back) >= 2
+
+    monkeypatch.setattr(ShardRunner, "run", _on_device(hung))
+    run_until(done, renderer)
+    assert [(end.lease.token, end.code) for end in link.given_back[:2]] == [
+        (revoked[1], "revoked"),
+        (revoked[0], "store_unavailable"),
+    ]
+
+
+def _on_device(hung: Hung) -> Callable[..., None]:
+    """A run that waits for the device as a shard does, then hangs."""
+
+    def run(self: ShardRunner, *, on_device: Any, on_progress: Any, cancelled: Callable[[], bool], **_: object) -> None:
+        while not on_device.acquire(timeout=0.01):
+            if cancelled():
+                raise CancelledError("taken away")
+        on_progress(ShardProgress(stage="denoise", ticks=1, last_batch=True))
+        hung.begun.set()
+        hung.end.wait(20)
+        on_device.release()
+        raise StoreUnavailableError("let go")
+
+    return run
+
+
+def test_begin_and_revoke_exclude_each_other_whichever_thread_is_first():
+    lease = Lease("t", "render", "job", "run", 1, 0, 4, 1)
+    for _ in range(200):
+        task = Task(lease)
+        threads = [threading.Thread(target=task.begin), threading.Thread(target=task.revoke)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert task.begun != task.revoked
+        assert task.stop.is_set() == task.revoked
+
+
+@pytest.mark.parametrize("heard_in", ["a beat", "a question"])
+def test_a_renderer_whose_name_another_process_has_ends_its_own(ledger, plan, heard_in):
+    slow = slower(plan, steps=500)
+    assert ledger.create_plan(slow, 2)
+    ledger.put_totals(plan, 1, _totals())
+    link = InProcess(ledger, plan.job)
+    link.every_s = 0.02
+    ended: list[int] = []
+    renderer = make_renderer(ledger, link, end_process=ended.append)
+    renderer._beat_s = 0.02 if heard_in == "a beat" else 60.0
+    link.every_s = renderer._beat_s
+
+    async def main() -> None:
+        work = asyncio.create_task(renderer.work())
+        await until(lambda: renderer._epoch)
+        link.dispatch.meet(Hello("renderer-0", "j", "a CPU"), now=link.now)
+        await asyncio.wait_for(work, 20)
+
+    asyncio.run(main())
+    assert ended == [REPLACED_EXIT]
+    assert not ledger.done_shards(slow, 1).any()
+
+
+def test_beats_come_at_the_pace_that_the_dispatcher_asks_for(ledger, plan):
+    slow = slower(plan, steps=100)
+    assert ledger.create_plan(slow, 2)
+    ledger.put_totals(plan, 1, _totals())
+    link = InProcess(ledger, plan.job)
+    link.every_s = 0.01
+    renderer = make_renderer(ledger, link)
+    renderer._beat_s = 0.01
+    run_until(lambda: len(link.beats) >= 10, renderer)
+    assert renderer._beat_s == 0.01
+    link.every_s = 7.5
+    asyncio.run(renderer._renew())
+    assert renderer._beat_s == 7.5
 
 
 def _totals() -> Totals:

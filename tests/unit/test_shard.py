@@ -384,3 +384,32 @@ def test_shards_of_a_later_pass_render_its_list(tmp_path: Path) -> None:
     assert [row.index for row in receipt.rows] == [2, 7]
     assert (receipt.start, receipt.stop, receipt.rows[0].pass_number) == (0, 2, 2)
     assert ".p2a1-" in str(receipt.rows[0].object)
+
+
+def test_shards_of_a_pilot_and_of_the_others_name_their_places_in_the_pass(tmp_path: Path) -> None:
+    store = ledger(tmp_path)
+    planned = plan(PROMPTS, shard_images=4).model_copy(update={"pilot": 3, "pilot_shard_images": 2})
+    last = run(store, planned, FakeFamily(), shard=1)
+    assert ([row.index for row in last.rows], last.start, last.stop) == ([5], 2, 3)
+    run(store, planned, FakeFamily(), shard=0)
+    store.put_totals(
+        planned,
+        1,
+        Totals(
+            images=3,
+            ok=3,
+            failed=0,
+            flagged=0,
+            failures_by_code={},
+            bytes=1,
+            seconds={},
+            renderers=1,
+            started_at="2026-01-01T00:00:00+00:00",
+            finished_at="2026-01-01T00:00:00+00:00",
+            wall_seconds=1.0,
+        ),
+    )
+    store.open_pass(planned, 2, None)
+    other = run(store, planned, FakeFamily(), pass_number=2, shard=0)
+    assert (other.start, other.stop, len(other.rows)) == (0, 4, 4)
+    assert {row.prompt for row in other.rows} == {PROMPTS[row.index] for row in other.rows}

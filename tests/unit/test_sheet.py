@@ -4,8 +4,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from farm import sheet
+from farm.fonts import Fonts
 from farm.sheet import FAILED, Tile, draw_sheet, spread
+from tests.tiny_font import tiny_font
 from tests.unit.finished_jobs import make_ledger, make_plan, make_row, picture_bytes
 
 
@@ -62,11 +63,18 @@ def test_a_sheet_of_any_prompt_and_shape_is_drawn(tmp_path: Path) -> None:
     assert opened(draw_sheet("job " * 200, "said", tiles)).width <= 1700
 
 
-def test_a_sheet_is_drawn_without_any_font_installed(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(sheet, "FONT_FOLDERS", ())
-    sheet.font_path.cache_clear()
-    sheet.load_font.cache_clear()
-    assert sheet.font_path() is None
-    assert opened(draw_sheet("job", "2 images", tiles_of(tmp_path, 2))).height > 200
-    sheet.font_path.cache_clear()
-    sheet.load_font.cache_clear()
+def test_a_sheet_is_drawn_without_any_font_installed(tmp_path: Path) -> None:
+    assert opened(draw_sheet("job", "2 images", tiles_of(tmp_path, 2), fonts=Fonts(()))).height > 200
+
+
+def test_a_prompt_in_chinese_is_drawn_in_a_font_that_has_it(tmp_path: Path) -> None:
+    (tmp_path / "fonts").mkdir()
+    (tmp_path / "fonts" / "Squares.ttf").write_bytes(tiny_font("国"))
+    tiles = [replace(tile, row=replace(tile.row, prompt="国国国")) for tile in tiles_of(tmp_path, 1)]
+    dark = []
+    for fonts in (Fonts([str(tmp_path / "fonts")]), Fonts(())):
+        drawn = draw_sheet("job", "1 image", tiles, fonts=fonts)
+        assert draw_sheet("job", "1 image", tiles, fonts=fonts) == drawn
+        words = opened(drawn).convert("L")
+        dark.append(sum(1 for pixel in words.get_flattened_data() if pixel < 60))
+    assert dark[0] - dark[1] > 3 * 8 * 8  # three solid squares of 13 px, and thin boxes where nothing draws them

@@ -11,6 +11,7 @@ import pytest
 
 from farm.devices import DeviceInfo
 from farm.errors import (
+    ControlError,
     ManifestError,
     PlanChangedError,
     PromptError,
@@ -61,7 +62,7 @@ class Bench:
         return prepare(load_manifest(self.folder / "m.yaml"), self.settings, device=DEVICE, renderers=renderers)
 
     def submit(self, text: str, *, append: bool = False) -> Submission:
-        return submit(self.request(text), self.ledger, now=NOW, append=append, bits=self.bits)
+        return submit(self.request(text), self.ledger, now=NOW, by="alice@desk", append=append, bits=self.bits)
 
     def prompts(self, plan: Plan) -> list[tuple[str, int]]:
         return [(spec.prompt, spec.seed) for spec in PromptReader(plan, self.ledger).specs(range(plan.images))]
@@ -82,6 +83,22 @@ class Bench:
         )
         self.ledger.put_totals(plan, 1, totals)
         self.ledger.close(plan.job)
+
+    def measure(self, seconds_per_image: float) -> None:
+        """Leave a profile of the card's own size and steps."""
+        self.ledger.put_profile(
+            Profile(
+                model="shapes",
+                device="a CPU",
+                seconds_per_image=seconds_per_image,
+                width=64,
+                height=64,
+                num_inference_steps=8,
+                batch=4,
+                images=100,
+                measured_at=NOW,
+            )
+        )
 
     def objects(self) -> list[str]:
         return [info.key for info in self.ledger.store.list("")]
@@ -124,8 +141,9 @@ def test_equal_manifest_resumes_and_draws_nothing_anew(bench: Bench) -> None:
     text = HEAD + "prompts: [one, two]\nseeds: [5, -1, -1]\n"
     first = bench.submit(text)
     assert first.plan.seeds.seeds == (5, 3, 4)
-    again = bench.submit("# a comment\n" + text + "priority: 90\n")
+    again = bench.submit("# a comment\n" + text)
     assert (again.plan, again.outcome, again.numerics_differ) == (first.plan, "resumed", ())
+    assert (again.changed, again.kept, bench.ledger.controls("job")) == ((), (), [])
 
 
 def test_drawn_template_keeps_its_root(bench: Bench) -> None:
@@ -156,6 +174,7 @@ def test_preset_that_comes_to_the_same_is_no_change(bench: Bench) -> None:
         (INLINE.replace("random", "slot"), "seeds.from: 'random' -> 'slot'"),
         (INLINE + "output: {format: webp}\n", "output.format: 'png' -> 'webp'"),
         (INLINE + "sweep: {num_inference_steps: [4, 8]}\n", 'sweep: {} -> {"num_inference_steps": [4, 8]}'),
+        (INLINE + "pilot: 2\n", "pilot: none -> 2"),
         (INLINE.replace("two", "2 x"), "prompts: other texts in the 2 rows, or another order"),
         (INLINE.replace("two", "two, three"), "prompts: 2 rows -> 3 rows"),
         (HEAD + "prompts: {template: one}\nseeds: {count: 2, from: random}\n", "prompts: rows -> a template"),
@@ -364,7 +383,7 @@ def test_losing_the_race_means_resuming_the_winners_plan(bench: Bench, monkeypat
 
 def test_draft_says_what_it_comes_to_and_writes_nothing(bench: Bench) -> None:
     text = HEAD + "prompts: [one, two, three]\nseeds: {count: 2, from: shared}\nsweep: {width: [64, 128]}\n"
-    made = draft(bench.request(text), bench.ledger)
+    made = draft(bench.request(text), bench.ledger, now=NOW)
     assert (made.plan.images, made.plan.shards, made.state, made.drawn) == (12, 3, "new", False)
     assert made.sizes == {(64, 64): 6, (128, 64): 6}
     assert [(spec.prompt, spec.seed, spec.params.width) for spec in made.first][:3] == [
@@ -378,47 +397,36 @@ def test_draft_says_what_it_comes_to_and_writes_nothing(bench: Bench) -> None:
 
 def test_draft_counts_sizes_of_rows(bench: Bench) -> None:
     (bench.folder / "p.csv").write_text("prompt,w\na,128\nb,\nc,128\n")
-    made = draft(bench.request(HEAD + "prompts: {file: p.csv, per_row: {width: w}}\nseeds: {count: 3}\n"))
+    made = draft(bench.request(HEAD + "prompts: {file: p.csv, per_row: {width: w}}\nseeds: {count: 3}\n"), now=NOW)
     assert made.sizes == {(128, 64): 6, (64, 64): 3}
 
 
 def test_draft_knows_the_job_that_exists(bench: Bench) -> None:
     bench.jsonl("a")
     plan = bench.submit(KEYED).plan
-    assert draft(bench.request(KEYED), bench.ledger).plan == plan
-    assert draft(bench.request(KEYED), bench.ledger).state == "resume"
-    changed = draft(bench.request(KEYED + "params: {guidance_scale: 1}\n"), bench.ledger)
+    assert draft(bench.request(KEYED), bench.ledger, now=NOW).plan == plan
+    assert draft(bench.request(KEYED), bench.ledger, now=NOW).state == "resume"
+    changed = draft(bench.request(KEYED + "params: {guidance_scale: 1}\n"), bench.ledger, now=NOW)
     assert (changed.state, changed.changes) == ("changed", ("params.guidance_scale: 2.5 -> 1.0",))
     bench.jsonl("a", "b")
-    appended = draft(bench.request(KEYED), bench.ledger)
+    appended = draft(bench.request(KEYED), bench.ledger, now=NOW)
     assert (appended.state, appended.changes) == ("appended", ("prompts: 1 rows added",))
 
 
 def test_time_is_measured_scaled_or_unknown(bench: Bench) -> None:
-    profile = Profile(
-        model="shapes",
-        device="a CPU",
-        seconds_per_image=0.5,
-        width=64,
-        height=64,
-        num_inference_steps=8,
-        batch=4,
-        images=100,
-        measured_at=NOW,
-    )
-    bench.ledger.put_profile(profile)
+    bench.measure(0.5)
     text = HEAD + "prompts: [one, two]\nseeds: {count: 100}\n"
-    measured = draft(bench.request(text, renderers=2), bench.ledger)
+    measured = draft(bench.request(text, renderers=2), bench.ledger, now=NOW)
     assert (measured.seconds, measured.speed.source) == (50.0, "measured")
-    scaled = draft(bench.request(text + "preset: draft\n"), bench.ledger)
+    scaled = draft(bench.request(text + "preset: draft\n"), bench.ledger, now=NOW)
     assert (scaled.seconds, scaled.speed.source) == (50.0, "estimated")
 
 
 def test_draft_of_random_seeds_says_that_they_will_be_drawn(bench: Bench) -> None:
-    assert draft(bench.request(INLINE)).drawn
-    assert draft(bench.request(HEAD + "prompts: [a]\nseeds: [-1]\n")).drawn
-    assert draft(bench.request(HEAD + "prompts: {template: 'a {b|c}'}\n")).drawn
-    assert not draft(bench.request(HEAD + "prompts: {template: 'a {b|c}', seed: 1}\n")).drawn
+    assert draft(bench.request(INLINE), now=NOW).drawn
+    assert draft(bench.request(HEAD + "prompts: [a]\nseeds: [-1]\n"), now=NOW).drawn
+    assert draft(bench.request(HEAD + "prompts: {template: 'a {b|c}'}\n"), now=NOW).drawn
+    assert not draft(bench.request(HEAD + "prompts: {template: 'a {b|c}', seed: 1}\n"), now=NOW).drawn
 
 
 @pytest.mark.parametrize(
@@ -467,3 +475,154 @@ def test_only_a_template_with_draws_has_a_root_of_its_own(bench: Bench) -> None:
     assert drawn.prompts.template is not None
     assert plain.prompts.template.root == 0
     assert drawn.prompts.template.root > 0
+
+
+LIMITED = INLINE + "priority: 60\nfinish_by: 2026-02-01T00:00Z\nbudget: {gpu_hours: 2, images: 100}\n"
+
+
+def test_a_job_has_the_owner_of_the_settings(bench: Bench) -> None:
+    assert bench.submit(INLINE).plan.owner == ""
+    bench.settings = bench.settings.model_copy(update={"owner": "alice"})
+    assert bench.submit(INLINE.replace("job", "hers")).plan.owner == "alice"
+
+
+def test_limits_that_the_manifest_states_anew_are_said_to_the_job(bench: Bench) -> None:
+    first = bench.submit(LIMITED)
+    assert (first.changed, first.kept) == ((), ())
+    again = bench.submit(
+        LIMITED.replace("60", "80").replace("T00:00Z", "T08:00+08:00").replace("images: 100", "images: 5")
+    )
+    assert (again.plan, again.changed, again.kept) == (
+        first.plan,
+        ("priority: 60 -> 80", "budget.images: 100 -> 5"),
+        (),
+    )
+    (control,) = bench.ledger.controls("job")
+    assert (control.action, control.by, control.at) == ("change", "alice@desk", NOW)
+    assert (control.priority, control.max_images, control.gpu_hours, control.finish_by) == (80, 5, None, None)
+    back = bench.submit(LIMITED)
+    assert (back.changed, back.kept) == ((), ("priority: 80", "budget.images: 5")), (
+        "what was said since stays, and is told"
+    )
+
+
+def test_limits_that_the_manifest_leaves_out_stay_and_are_told(bench: Bench) -> None:
+    bench.submit(LIMITED)
+    again = bench.submit(INLINE)
+    assert again.changed == ()
+    assert again.kept == ("finish_by: 2026-02-01T00:00:00+00:00", "budget.gpu_hours: 2", "budget.images: 100")
+    assert bench.ledger.controls("job") == []
+
+
+def test_limits_of_appended_rows_are_said_to_the_job_too(bench: Bench) -> None:
+    bench.jsonl("a")
+    bench.finish(bench.submit(KEYED).plan)
+    bench.jsonl("a", "b")
+    appended = bench.submit(KEYED + "priority: 90\n", append=True)
+    assert (appended.outcome, appended.changed) == ("created", ("priority: 50 -> 90",))
+    assert [control.priority for control in bench.ledger.controls("job")] == [90]
+
+
+def test_a_done_job_has_no_limits_to_change(bench: Bench) -> None:
+    bench.finish(bench.submit(INLINE).plan)
+    assert bench.submit(INLINE + "priority: 90\n").changed == ()
+    assert bench.ledger.controls("job") == []
+
+
+def test_a_finish_by_that_has_passed_is_refused(bench: Bench) -> None:
+    text = INLINE + "finish_by: 2025-12-31T23:00Z\n"
+    for act in (bench.submit, lambda text: draft(bench.request(text), bench.ledger, now=NOW)):
+        with pytest.raises(ManifestError) as caught:
+            act(text)
+        assert caught.value.message == (
+            f"{bench.folder}/m.yaml:5: finish_by: 2025-12-31T23:00:00+00:00 has passed; give a later moment, or leave it out"
+        )
+    assert bench.objects() == []
+    bench.submit(INLINE)
+    with pytest.raises(ManifestError, match=r"finish_by: 2025-12-31T23:00:00\+00:00 has passed"):
+        bench.submit(text)
+    assert bench.ledger.controls("job") == []
+
+
+def test_a_job_whose_time_passed_is_resumed_all_the_same(bench: Bench) -> None:
+    bench.submit(LIMITED)
+    again = submit(bench.request(LIMITED), bench.ledger, now="2026-03-01T00:00:00Z")
+    assert (again.outcome, again.changed) == ("resumed", ())
+
+
+def test_a_deleted_job_is_refused_until_it_is_gone(bench: Bench) -> None:
+    bench.submit(INLINE)
+    bench.ledger.store.put("deleted/job", b"")
+    before = bench.objects()
+    for act in (bench.submit, lambda text: draft(bench.request(text), bench.ledger, now=NOW)):
+        with pytest.raises(ControlError, match="job job is being deleted; run farm delete job again, which ends it"):
+            act(INLINE)
+    assert bench.objects() == before
+    for key in before:
+        bench.ledger.store.delete(key)
+    assert bench.submit(INLINE).outcome == "created"
+
+
+def test_a_delete_while_a_job_is_created_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = bench.ledger.create_plan
+
+    def deleted_meanwhile(plan: Plan, number: int) -> bool:
+        bench.ledger.store.put("deleted/job", b"")
+        return real(plan, number)
+
+    monkeypatch.setattr(bench.ledger, "create_plan", deleted_meanwhile)
+    with pytest.raises(ControlError, match="job job is being deleted"):
+        bench.submit(INLINE)
+
+
+def test_a_pilot_is_cut_for_all_renderers_and_the_others_as_ever(bench: Bench) -> None:
+    text = HEAD + "prompts: [a]\nseeds: {count: 100000}\npilot: 64\n"
+    bench.measure(1.0)
+    plan = submit(bench.request(text, renderers=2), bench.ledger, now=NOW).plan
+    assert (plan.pilot, plan.pilot_shard_images, plan.shard_images) == (64, 8, 180)
+    assert plan.estimated_seconds_per_image == 1.0
+    assert plan.shards == 8 + -(-99_936 // 180)
+
+
+def test_appended_rows_have_no_pilot_of_their_own(bench: Bench) -> None:
+    bench.jsonl("a", "b")
+    text = KEYED + "pilot: 2\n"
+    first = bench.submit(text).plan
+    assert (first.pilot, first.pilot_shard_images) == (2, 4)
+    bench.finish(first)
+    bench.jsonl("a", "b", "c", "d")
+    assert bench.submit(text, append=True).waiting_rows == 2
+    bench.ledger.open_pass(first, 2, None)
+    bench.ledger.put_totals(first, 2, bench.ledger.totals(first, 1))
+    second = bench.submit(text, append=True).plan
+    assert (second.appended_to, second.pilot) == (first.run, None)
+
+
+def test_draft_tells_whether_limits_are_kept(bench: Bench) -> None:
+    bench.measure(36.0)
+    text = HEAD + "prompts: [one, two]\nseeds: {count: 100}\nfinish_by: 2026-01-01T01:00Z\nbudget: {gpu_hours: 1.9}\n"
+    found = draft(bench.request(text), bench.ledger, now=NOW).outlook
+    assert (found.seconds_left, found.seconds_needed, found.renderers_needed, found.in_time) == (
+        3600.0,
+        7200.0,
+        2,
+        False,
+    )
+    assert (found.gpu_hours_needed, found.images_needed, found.within_budget) == (2.0, 200, False)
+    bench.submit(text)
+    later = draft(bench.request(text.replace("1.9", "2.5") + "priority: 9\n"), bench.ledger, now=NOW)
+    assert later.changes == ("priority: 50 -> 9", "budget.gpu_hours: 1.9 -> 2.5")
+    assert (later.state, later.outlook.within_budget, later.outlook.limits.priority) == ("resume", True, 9)
+
+
+def test_draft_of_a_job_that_is_half_done_counts_what_is_left(bench: Bench) -> None:
+    bench.jsonl("a", "b")
+    text = KEYED + "finish_by: 2026-01-01T01:00Z\n"
+    bench.measure(10.0)
+    plan = bench.submit(text).plan
+    assert draft(bench.request(text), bench.ledger, now=NOW).outlook.seconds_needed == 40.0
+    bench.finish(plan)
+    assert draft(bench.request(text), bench.ledger, now=NOW).outlook.seconds_needed == 0.0
+    bench.jsonl("a", "b", "c")
+    appended = draft(bench.request(text), bench.ledger, now=NOW)
+    assert (appended.state, appended.outlook.seconds_needed, appended.outlook.images_needed) == ("appended", 20.0, 6)

@@ -12,7 +12,7 @@ from farm.errors import StoreUnavailableError
 from farm.export import finalise
 from farm.verify import Finding, Verification, verify
 from tests.unit import finished_jobs
-from tests.unit.finished_jobs import commit_shard, make_job, make_row, picture_bytes
+from tests.unit.finished_jobs import commit_shard, make_job, make_ledger, make_plan, make_row, picture_bytes
 
 
 def verified(ledger, plan, **options) -> tuple[Verification, list[Finding]]:
@@ -218,3 +218,50 @@ def test_a_store_that_goes_away_is_an_error_and_no_finding(tmp_path: Path, monke
     monkeypatch.setattr(ledger.store, "get", get)
     with pytest.raises(StoreUnavailableError, match="no answer"):
         verified(ledger, plan)
+
+
+def test_a_pilot_that_waits_is_sound_without_the_others(tmp_path: Path) -> None:
+    ledger, plan = make_ledger(tmp_path), make_plan(pilot=3, pilot_shard_images=2)
+    ledger.create_plan(plan, 1)
+    for shard in (0, 1):
+        commit_shard(ledger, plan, shard, failed={4})
+    finalise(ledger, plan, 1)
+    result, findings = verified(ledger, plan)
+    assert findings == []
+    assert (result.images, result.rows, result.ok, result.left_out, result.orphans) == (10, 3, 2, 7, 0)
+    result, findings = verified(ledger, plan, sample=1)
+    assert (findings, result.checked <= 1, result.rows) == ([], True, 3)
+    part = next(tmp_path.rglob("part-00000.parquet"))
+    pq.write_table(pq.read_table(part).slice(1), part)
+    _, findings = verified(ledger, plan)
+    assert [finding.message.rpartition(": ")[2] for finding in findings] == ["image 4 stands where 0 should"]
+
+
+def test_the_others_after_a_pilot_are_verified_with_it(tmp_path: Path) -> None:
+    ledger, plan = make_ledger(tmp_path), make_plan(pilot=3, pilot_shard_images=2)
+    ledger.create_plan(plan, 1)
+    for shard in (0, 1):
+        commit_shard(ledger, plan, shard, failed={4})
+    finalise(ledger, plan, 1)
+    ledger.open_pass(plan, 2, None)
+    commit_shard(ledger, plan, 1, pass_number=2)
+    result, findings = verified(ledger, plan)
+    assert [finding.kind for finding in findings] == ["receipt_missing"]
+    assert findings[0].message.startswith(
+        "pass 2: 1 of 2 shards have no receipt, the first is shard 0 (images 1 to 5); farm render goes on"
+    )
+    commit_shard(ledger, plan, 0, pass_number=2)
+    finalise(ledger, plan, 2)
+    result, findings = verified(ledger, plan)
+    assert (findings, result.rows, result.failed, result.left_out) == ([], 10, 1, 0)
+
+
+def test_every_image_rendered_again_is_verified_by_its_new_row(tmp_path: Path) -> None:
+    ledger, plan = make_job(tmp_path, failed={3})
+    ledger.open_pass(plan, 2, None)
+    for shard in range(3):
+        commit_shard(ledger, plan, shard, pass_number=2)
+    finalise(ledger, plan, 2)
+    result, findings = verified(ledger, plan)
+    assert (findings, result.rows, result.ok) == ([], 10, 10)
+    assert {row.pass_number for row in ledger.rows(plan)} == {2}

@@ -4,17 +4,20 @@ import json
 import logging
 import sys
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import pytest
 
+from farm.cli import following, waiting
 from farm.cli.app import main
 from farm.export import finalise
 from farm.ledger import Ledger
-from farm.run import JobProgress
+from farm.plan import Plan
+from farm.rebuild import read_job
+from farm.run import JobProgress, JobView
 from farm.settings import Settings
 from tests.unit.finished_jobs import CARD, commit_shard, make_ledger
 
@@ -96,18 +99,25 @@ def farm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 @dataclass
 class FakeFarm:
-    """Renders what is submitted at once; `failed` images fail, and `trouble` is what asking for progress raises."""
+    """Renders what is submitted at once; `failed` images fail, and `trouble` is what asking for progress raises.
+
+    `says`: states, or snapshots, that it reports before it tells how the job stands. `meanwhile` is done at the first look,
+    as by another terminal.
+    """
 
     failed: Collection[int] = ()
     trouble: BaseException | None = None
     stop_after_shards: int | None = None
     started_here: bool = True
-    cancelled: bool = False
+    says: list[tuple[str, str | None]] = field(default_factory=list)
+    meanwhile: Callable[[], object] | None = None
     opened: list[int | None] = field(default_factory=list)
     submitted: list[str] = field(default_factory=list)
     ledger: Ledger | None = None
 
-    def open(self, settings: Settings, *, renderers: int | None = None, start: bool = True) -> Self:
+    def open(
+        self, settings: Settings, *, renderers: int | None = None, start: bool = True, give_up: object = None
+    ) -> Self:
         self.ledger = make_ledger(Path(settings.store))
         self.opened.append(renderers)
         return self
@@ -121,25 +131,43 @@ class FakeFarm:
     def submit(self, job: str) -> None:
         assert self.ledger is not None
         self.submitted.append(job)
-        for plan in self.ledger.plans(job):
-            number = self.ledger.passes(plan)
-            done = self.ledger.done_shards(plan, number)
-            for shard in range(len(done))[: self.stop_after_shards]:
-                if not done[shard]:
-                    commit_shard(self.ledger, plan, shard, pass_number=number, failed=self.failed)
-            if self.ledger.done_shards(plan, number).all():
-                finalise(self.ledger, plan, number)
-        if self.stop_after_shards is None:
-            self.ledger.close(job)
+        while runs := read_job(self.ledger, job).runs:
+            plans = {plan.run: plan for plan in self.ledger.plans(job)}
+            for run in runs:
+                self._render(plans[run.run], run.pass_number)
+            if self.stop_after_shards is not None:
+                break
+
+    def _render(self, plan: Plan, number: int) -> None:
+        assert self.ledger is not None
+        done = self.ledger.done_shards(plan, number)
+        for shard in range(len(done))[: self.stop_after_shards]:
+            if not done[shard]:
+                commit_shard(self.ledger, plan, shard, pass_number=number, failed=self.failed)
+        if self.ledger.done_shards(plan, number).all():
+            finalise(self.ledger, plan, number)
 
     def progress(self, job: str) -> JobProgress:
+        assert self.ledger is not None
+        if self.meanwhile is not None:
+            act, self.meanwhile = self.meanwhile, None
+            act()
         if self.trouble is not None:
             raise self.trouble
-        state = "cancelled" if self.cancelled else "done"
-        return JobProgress(job, "run", 1, state, 10, 10, 0, 1.0, 2.0, 0.0, 1, 1, None, {})
+        view = read_job(self.ledger, job)
+        state, message = self.says.pop(0) if self.says else (_state(view), None)
+        return JobProgress(job, "run", 1, state, 10, 4, 0, 1.0, 2.0, 0.0, 1, 1, message, {})
 
     def others(self, job: str) -> tuple[str, ...]:
         return ()
+
+
+def _state(view: JobView) -> str:
+    if view.state != "open":
+        return view.state
+    if view.runs:
+        return "waiting"
+    return "pilot" if view.awaits_approval else "done"
 
 
 @pytest.fixture
@@ -148,4 +176,26 @@ def fake_farm(monkeypatch: pytest.MonkeyPatch) -> FakeFarm:
     module = types.ModuleType("actors.cluster")
     module.open_farm = fake.open  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "actors.cluster", module)
+    monkeypatch.setattr(following.time, "sleep", lambda seconds: None)
     return fake
+
+
+@dataclass
+class Somebody:
+    """Somebody at the terminal: what they were asked, and what they answer."""
+
+    answer: bool = True
+    asked: list[str] = field(default_factory=list)
+
+    def confirm(self, question: str, **_: object) -> bool:
+        self.asked.append(question)
+        return self.answer
+
+
+@pytest.fixture
+def somebody(monkeypatch: pytest.MonkeyPatch) -> Somebody:
+    person = Somebody()
+    terminal = types.SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(waiting, "sys", types.SimpleNamespace(stdin=terminal, stderr=terminal))
+    monkeypatch.setattr(waiting.typer, "confirm", person.confirm)
+    return person

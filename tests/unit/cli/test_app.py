@@ -11,11 +11,14 @@ from farm import __version__
 from farm.cli import jobs
 from farm.cli.app import main
 from farm.cli.exits import MEANINGS, exit_code, exit_code_of
-from farm.errors import BucketMissingError, FarmError, OutOfMemoryError, PromptError
+from farm.errors import BucketMissingError, FarmError, OutOfMemoryError, PromptError, WaitingError
 from tests.unit.cli.conftest import Place
 
 HEAVY = ("torch", "diffusers", "transformers", "ray", "pyarrow", "numpy", "pydantic", "PIL", "boto3")
-COMMANDS = ("render", "plan", "status", "retry", "cancel", "verify", "reproduce", "pull", "models", "doctor")
+COMMANDS = (
+    *("render", "plan", "status", "pause", "resume", "cancel", "approve", "change", "retry"),
+    *("verify", "reproduce", "pull", "du", "gc", "delete", "models", "doctor"),
+)
 
 
 def python(*arguments: str, check: bool = False) -> subprocess.CompletedProcess[str]:
@@ -106,6 +109,7 @@ def test_errors_have_the_exit_code_of_their_nearest_kind() -> None:
     assert exit_code(PromptError("x")) == 2
     assert exit_code(BucketMissingError("x")) == 3
     assert exit_code(OutOfMemoryError("x")) == 4
+    assert exit_code(WaitingError("x")) == 9
     assert exit_code_of("bucket_missing") == 3
     assert exit_code_of("no such code") == 1
 

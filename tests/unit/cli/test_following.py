@@ -62,6 +62,23 @@ def test_following_ends_with_the_job_and_tells_each_new_message_once(capsys: pyt
     assert capsys.readouterr().err.count("note: store unavailable, trying again") == 1
 
 
+def test_a_job_of_another_farm_is_followed_and_that_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere = replace(RUNNING, state="elsewhere", message="rendered by another farm, desk (process 7)")
+    snapshots = iter([elsewhere, elsewhere, replace(elsewhere, done=20), replace(RUNNING, state="done")])
+    assert follow(lambda: next(snapshots), line=PlainLine(), sleep=lambda _: None).state == "done"
+    assert capsys.readouterr().err.splitlines() == [
+        "note: rendered by another farm, desk (process 7); this one follows it, and takes over if that one ends",
+        "shapes: elsewhere, 12/43 images · rendered by another farm",
+    ]
+
+
+@pytest.mark.parametrize("state", ["done", "paused", "cancelled", "deleted", "pilot", "stopped"])
+def test_following_ends_where_nothing_moves_without_a_person(state: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ended = replace(RUNNING, state=state, message="why")
+    assert follow(lambda: ended, line=PlainLine(), sleep=lambda _: None) is ended
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_ways_to_stop_end_in_good_order_too(number: signal.Signals) -> None:
     found = signal.signal(number, signal.default_int_handler)  # under nohup it would be ignored, and stay so

@@ -1,10 +1,16 @@
 import json
+import re
 
 import pytest
 
 from farm.cli import jobs
-from tests.unit.cli.conftest import FakeFarm, Place
-from tests.unit.finished_jobs import make_job
+from farm.export import finalise
+from farm.records import Tombstone
+from tests.unit.cli.conftest import Place
+from tests.unit.finished_jobs import commit_shard, make_job, make_ledger, make_plan
+
+CONTROLS = (["pause"], ["resume"], ["cancel"], ["approve"], ["change", "--priority", "80"])
+AT = "2026-11-21T10:05:00+00:00"
 
 
 def test_status_of_nothing_says_how_to_begin(farm: Place) -> None:
@@ -17,9 +23,9 @@ def test_status_lists_jobs_and_how_they_stand(farm: Place) -> None:
     make_job(farm.store, job="whole", failed={3})
     make_job(farm.store, job="begun", shards=1)
     rows = [line.split() for line in farm("status").out.splitlines()[2:]]
-    stands = {row[0]: row[1:7] for row in rows}
-    assert stands["whole"][:6] == ["done", "shapes", "10", "100", "%", "1"]
-    assert stands["begun"][:6] == ["open", "shapes", "10", "40", "%", "–"]
+    stands = {row[0]: row[1:9] for row in rows}
+    assert stands["whole"] == ["done", "shapes", "10", "100", "%", "1", "50", "–"]
+    assert stands["begun"] == ["open", "shapes", "10", "40", "%", "–", "50", "–"]
 
 
 def test_a_damaged_job_hides_no_other(farm: Place) -> None:
@@ -53,8 +59,8 @@ def test_status_counts_the_short_last_shard(farm: Place) -> None:
 
 def test_an_unknown_job_is_an_error_with_the_nearest_name(farm: Place) -> None:
     make_job(farm.store)
-    for command in ("status", "retry", "cancel", "verify"):
-        ended = farm(command, "shape")
+    for command in (["status"], ["retry"], ["verify"], *CONTROLS):
+        ended = farm(*command, "shape")
         assert ended.code == 2
         assert "did you mean 'shapes'?" in ended.error
     ended = farm("status", "shape", "--json")
@@ -80,62 +86,104 @@ def test_watching_ends_with_the_job(farm: Place, monkeypatch: pytest.MonkeyPatch
     ]
 
 
-def test_retry_renders_the_failed_images_as_a_new_pass(farm: Place, fake_farm: FakeFarm) -> None:
-    ledger, plan = make_job(farm.store, failed={3, 7})
-    ended = farm("retry", "shapes")
-    assert ended.code == 0
-    assert "2 failed images of shapes will be rendered again" in ended.err
-    assert ledger.passes(plan) == 2
-    assert ledger.pass_indexes(plan, 2).tolist() == [3, 7]
-    assert ledger.totals(plan).ok == 10
-    assert ended.out.startswith("shapes: 10 of 10 images")
+def make_pilot(farm: Place, *, done: bool = True) -> None:
+    """A job of ten images, the three of its pilot rendered."""
+    ledger = make_ledger(farm.store)
+    plan = make_plan(
+        pilot=3,
+        pilot_shard_images=4,
+        finish_by="2099-12-01T09:00:00+08:00",
+        budget={"gpu_hours": 2.5, "images": 1200},
+        priority=60,
+    ).model_copy(update={"owner": "ann"})
+    ledger.open(plan.job)
+    ledger.create_plan(plan, 1)
+    if done:
+        commit_shard(ledger, plan, 0)
+        finalise(ledger, plan, 1)
 
 
-def test_retry_without_render_only_opens_the_pass_and_the_next_goes_on_with_it(
-    farm: Place, fake_farm: FakeFarm
-) -> None:
-    ledger, plan = make_job(farm.store, failed={3})
-    assert farm("retry", "shapes", "--no-render").code == 0
-    assert fake_farm.opened == []
-    assert ledger.open_jobs() == ["shapes"]
-    assert json.loads(farm("status", "shapes", "--json").out)["done"] == 9
-    assert farm("retry", "shapes").code == 0
-    assert ledger.passes(plan) == 2
-    assert ledger.failed_indexes(plan).tolist() == []
+def test_status_shows_owner_priority_limits_and_a_pilot_that_waits(farm: Place) -> None:
+    make_pilot(farm)
+    ended = farm("status", "shapes")
+    lines = ended.out.splitlines()
+    assert lines[0] == "shapes: pilot, 3 of 10 images, 0 failed"
+    assert lines[2:4] == ["  owner      ann", "  priority   60"]
+    assert re.fullmatch(
+        r"  stops at   2099-12-01T09:00:00\+08:00 \(in .+\), 2.5 GPU-hours, 1,200 images rendered", lines[4]
+    )
+    assert "  pilot      3 images, done, waits for farm approve shapes" in lines
+    assert any(line.startswith("  sheet      ./store/jobs/shapes/") for line in lines)
+    assert ended.err.strip() == "look at the pilot's sheet; render the other images with: farm approve shapes"
+    assert farm("status").out.splitlines()[2].split()[:2] == ["shapes", "pilot"]
 
 
-def test_retry_of_a_job_without_failures_does_nothing(farm: Place, fake_farm: FakeFarm) -> None:
-    make_job(farm.store)
-    ended = farm("retry", "shapes")
-    assert ended.code == 0
-    assert "no image of shapes failed" in ended.err
-    assert fake_farm.opened == []
+def test_status_of_a_pilot_in_hand_and_of_one_approved_beforehand(farm: Place) -> None:
+    make_pilot(farm, done=False)
+    assert "  pilot      3 images, not done yet\n" in farm("status", "shapes").out
+    farm("approve", "shapes")
+    assert "  pilot      3 images, approved before it is done\n" in farm("status", "shapes").out
 
 
-def test_retry_of_damaged_images_finds_lost_and_cut_pictures_and_renders_them_again(
-    farm: Place, fake_farm: FakeFarm
-) -> None:
-    ledger, plan = make_job(farm.store, failed={3})
-    objects = {row.index: row.object for row in ledger.rows(plan)}
-    ledger.store.delete(objects[5])
-    ledger.store.put(objects[8], ledger.store.get(objects[8])[:-7])
-    ended = farm("retry", "shapes", "--damaged")
-    assert ended.code == 0
-    assert "3 images of shapes will be rendered again" in ended.err
-    assert ledger.pass_indexes(plan, 2).tolist() == [3, 5, 8]
-    assert farm("verify", "shapes").code == 0
+def test_status_as_json_has_what_was_said_last_and_the_limits(farm: Place) -> None:
+    make_pilot(farm)
+    farm.ledger.append_control("shapes", "change", at=AT, by="ann@desk", gpu_hours=4.0)
+    record = json.loads(farm("status", "shapes", "--json").out)
+    assert (record["owner"], record["priority"], record["approved"]) == ("ann", 60, False)
+    assert (record["gpu_hours"], record["max_images"]) == (4.0, 1200)
+    assert record["said_last"] == {"seq": 1, "action": "change", "at": AT, "by": "ann@desk", "gpu_hours": 4.0}
+    assert (record["runs"][0]["pilot"], record["runs"][0]["finished"]) == (3, False)
 
 
-def test_cancel_is_written_once_and_shows_in_the_status(farm: Place) -> None:
+def test_status_says_what_was_said_last_by_whom_and_how_to_go_on(farm: Place) -> None:
+    make_job(farm.store, shards=1)
+    farm.ledger.append_control("shapes", "change", at=AT, by="ann@desk", priority=80)
+    assert "  said last  change priority 80, by ann@desk, " in farm("status", "shapes").out
+    farm.ledger.append_control("shapes", "pause", at=AT, by="bo\x1b@desk")
+    ended = farm("status", "shapes")
+    assert ended.out.startswith("shapes: paused, 4 of 10 images")
+    assert "  said last  pause, by bo\ufffd@desk, " in ended.out
+    assert ended.err.strip() == "go on with it: farm resume shapes"
+
+
+def test_status_of_a_job_whose_time_is_over_says_how_to_give_it_more(farm: Place) -> None:
+    make_job(farm.store, shards=1)
+    farm.ledger.append_control("shapes", "change", at=AT, by="ann@desk", finish_by=AT)
+    ended = farm("status", "shapes")
+    assert f"  stops at   {AT} (has passed)\n" in ended.out
+    assert ended.err.strip() == "its finish_by has passed; give it a later one: farm change shapes --finish-by T"
+
+
+def test_a_job_in_deletion_is_shown_as_such_and_hears_nothing(farm: Place) -> None:
     ledger, _ = make_job(farm.store, shards=1)
-    ended = farm("cancel", "shapes")
-    assert ended.err.strip() == "shapes is cancelled with 4 of 10 images; farm render goes on with it"
-    assert farm("cancel", "shapes").err.strip() == "shapes was cancelled before"
-    assert [control.action for control in ledger.controls("shapes")] == ["cancel"]
-    assert farm("status", "shapes").out.startswith("shapes: cancelled, 4 of 10 images")
+    ledger.store.put("deleted/shapes", Tombstone(job="shapes", at=AT, by="ann@desk").model_dump_json().encode())
+    ended = farm("status", "shapes")
+    assert ended.out == "shapes: deleted\n"
+    assert ended.err.strip() == "what is left of it is swept by: farm delete shapes"
+    assert json.loads(farm("status", "shapes", "--json").out)["state"] == "deleted"
+    for command in (["retry"], ["verify"], ["pull", "--to", "out"], *CONTROLS):
+        ended = farm(*command, "shapes")
+        assert ended.code == 2, command
+        assert "is being deleted; run farm delete shapes again, which ends it" in ended.error
+    assert ledger.controls("shapes") == []
 
 
-def test_a_job_that_is_done_cannot_be_cancelled(farm: Place) -> None:
-    make_job(farm.store)
-    ended = farm("cancel", "shapes")
-    assert (ended.code, ended.error) == (2, "shapes is done, 10 images; there is nothing to cancel")
+def test_watching_goes_on_while_a_job_is_paused(farm: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, _ = make_job(farm.store, shards=1)
+    ledger.append_control("shapes", "pause", at=AT, by="ann@desk")
+    said = iter(["resume", "cancel"])
+    monkeypatch.setattr(jobs.time, "sleep", lambda _: ledger.append_control("shapes", next(said), at=AT, by="ann@desk"))
+    ended = farm("status", "shapes", "-w")
+    states = [line.split()[1] for line in ended.out.splitlines() if line.startswith("shapes: ")]
+    assert states == ["paused,", "open,", "cancelled,"]
+
+
+def test_status_says_how_long_the_devices_worked_and_what_was_planned(farm: Place) -> None:
+    ledger, plan = make_job(farm.store)
+    assert "  GPU time   12 s\n" in farm("status", "shapes").out
+    totals = ledger.totals(plan)
+    assert totals is not None
+    ledger.put_totals(plan, 1, totals.model_copy(update={"planned_gpu_seconds": 90.0}))
+    assert "  GPU time   12 s, 1 min 30 s planned\n" in farm("status", "shapes").out
+    record = json.loads(farm("status", "shapes", "--json").out)["runs"][0]["totals"]
+    assert (record["gpu_seconds"], record["planned_gpu_seconds"]) == (12.0, 90.0)

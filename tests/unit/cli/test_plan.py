@@ -1,5 +1,9 @@
 import json
+import re
+from datetime import UTC, datetime, timedelta
 
+from farm.devices import local_device
+from farm.records import Profile
 from tests.unit.cli.conftest import FakeFarm, Place
 
 
@@ -29,3 +33,60 @@ def test_plan_of_a_job_that_is_there_says_what_a_render_would_do(farm: Place, fa
     assert "planned from something else" in ended.out
     assert "seeds.count: 2 -> 3" in ended.out
     assert ended.code == 0
+
+
+def measured(farm: Place, seconds_per_image: float) -> None:
+    """A speed of this device, as an earlier job left it."""
+    farm.ledger.put_profile(
+        Profile(
+            model="shapes",
+            device=local_device().name,
+            seconds_per_image=seconds_per_image,
+            width=64,
+            height=64,
+            num_inference_steps=4,
+            batch=4,
+            images=100,
+            measured_at="2026-11-21T10:00:00+00:00",
+        )
+    )
+
+
+def in_hours(number: float) -> str:
+    return (datetime.now(UTC) + timedelta(hours=number)).isoformat(timespec="seconds")
+
+
+def test_plan_of_a_pilot_says_how_many_images_wait(farm: Place) -> None:
+    ended = farm("plan", farm.manifest(pilot=3))
+    assert "  pilot      3 images first, spread over the job; 7 wait for farm approve\n" in ended.out
+    assert json.loads(farm("plan", farm.manifest(pilot=3), "--json").out)["pilot"] == 3
+    assert "pilot" not in farm("plan", farm.manifest(pilot=10)).out
+
+
+def test_limits_without_a_known_speed_are_said_to_be_unknown(farm: Place) -> None:
+    ended = farm("plan", farm.manifest(finish_by=in_hours(5), budget={"gpu_hours": 1, "images": 8}))
+    assert re.search(r"  finish by  \S+, in [45] h \d+ min: unknown whether it is met\n", ended.out)
+    assert "  budget     1 GPU-hour: unknown how many are needed\n" in ended.out
+    assert "  budget     8 images: 10 needed, so it stops before its end\n" in ended.out
+
+
+def test_a_finish_by_that_is_met_says_with_what(farm: Place) -> None:
+    measured(farm, 360.0)
+    manifest = farm.manifest(finish_by=in_hours(2), budget={"gpu_hours": 2})
+    ended = farm("plan", manifest, "--renderers", "1")
+    assert re.search(r"  finish by  \S+, in (2 h 00|1 h 59) min: met, with 1 h 00 min on 1 renderer\n", ended.out)
+    assert "  budget     2 GPU-hours: about 1 needed\n" in ended.out
+    limits = json.loads(farm("plan", manifest, "--renderers", "1", "--json").out)["limits"]
+    assert (limits["in_time"], limits["within_budget"], limits["renderers_needed"]) == (True, True, 1)
+
+
+def test_a_finish_by_that_is_not_met_says_how_many_renderers_would_do(farm: Place) -> None:
+    measured(farm, 1800.0)
+    manifest = farm.manifest(finish_by=in_hours(2), budget={"gpu_hours": 2})
+    ended = farm("plan", manifest, "--renderers", "1")
+    assert "not met, with 5 h 00 min on 1 renderer; 3 are enough\n" in ended.out
+    assert "  budget     2 GPU-hours: about 5 needed, so it stops when they are spent\n" in ended.out
+    limits = json.loads(farm("plan", manifest, "--renderers", "1", "--json").out)["limits"]
+    assert (limits["in_time"], limits["within_budget"], limits["renderers_needed"]) == (False, False, 3)
+    ended = farm("plan", farm.manifest(finish_by=in_hours(0.5)), "--renderers", "1")
+    assert "not met, with 5 h 00 min on 1 renderer; no number of them is enough\n" in ended.out

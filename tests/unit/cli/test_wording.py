@@ -2,7 +2,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from farm.cli.wording import age, count, cut, duration, rate, size
+from farm.cli.wording import age, count, cut, duration, gpu_hours, rate, size
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,15 @@ def test_durations(seconds: float, said: str) -> None:
 )
 def test_sizes(number: float, said: str) -> None:
     assert size(number) == said
+
+
+def test_hours_of_gpus() -> None:
+    assert [gpu_hours(x) for x in (1, 0.5, 2.125, 1300)] == [
+        "1 GPU-hour",
+        "0.5 GPU-hours",
+        "2.125 GPU-hours",
+        "1,300 GPU-hours",
+    ]
 
 
 def test_counts_rates_ages_and_cuts() -> None:

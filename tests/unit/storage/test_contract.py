@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from farm.storage.base import StoreReport
+from farm.storage.base import ObjectStore, StoreReport
 from farm.storage.local import LocalStore
 from farm.storage.probing import probe_store
 from tests.store_contract import StoreContract
@@ -31,13 +31,19 @@ class Unconditional(LocalStore):
         return True
 
 
-class TestLocalStore(StoreContract):
+class FolderContract(StoreContract):
+    def leave_unfinished(self, store: ObjectStore) -> None:
+        assert isinstance(store, LocalStore)
+        (store.root / ".tmp" / "1-dead").write_bytes(b"half")
+
+
+class TestLocalStore(FolderContract):
     @pytest.fixture
     def store(self, tmp_path: Path) -> LocalStore:
         return LocalStore(tmp_path / "farm-data")
 
 
-class TestLocalStoreWithoutHardLinks(StoreContract):
+class TestLocalStoreWithoutHardLinks(FolderContract):
     @pytest.fixture
     def store(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
         def no_link(*args: object) -> None:
@@ -47,7 +53,7 @@ class TestLocalStoreWithoutHardLinks(StoreContract):
         return LocalStore(tmp_path / "farm-data")
 
 
-class TestStoreWithoutConditionalPuts(StoreContract):
+class TestStoreWithoutConditionalPuts(FolderContract):
     conditional = False
 
     @pytest.fixture

@@ -1,5 +1,6 @@
 """What is particular to a folder: disks that fill up or vanish, rights, files in the way, what a dead process left."""
 
+import errno
 import os
 import resource
 import shutil
@@ -88,6 +89,37 @@ def test_probe_reports_room_and_sweeps_only_stale_leftovers(folder: Path, store:
     assert not old.exists()
     assert young.exists()
     assert [info.key for info in store.list("")] == ["k"]
+
+
+def test_a_file_that_may_not_be_removed_is_said_once_the_others_are_gone(
+    folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("a/1", "a/2", "b/1"):
+        store.put(key, b"x")
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "1" and path.parent.name == "a":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(StoreDeniedError, match=r"a/1: Permission denied; give this user the right"):
+        store.delete_many(["a/1", "a/2", "b/1"])
+    assert files_below(folder) == [".tmp/lock", "a/1"]
+    assert not (folder / "b").exists()
+
+
+def test_a_writers_clock_has_no_part_in_when_an_object_was_written(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("now", b"")
+    monkeypatch.setattr(time, "time_ns", lambda: 1_000_000_000_000_000_000)
+    store.put("long-ago", b"")
+    now, then = (store.head(key) for key in ("now", "long-ago"))
+    assert now is not None
+    assert then is not None
+    assert 0 <= then.modified_at - now.modified_at < 60
 
 
 def test_a_put_changes_the_etag_even_where_the_clock_stands(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""A farm that does not exist, to check the dispatcher's rules: everything in it follows from one seed."""
