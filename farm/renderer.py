@@ -17,13 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from farm.cores import Cores, Place
+from farm.drawing import ShardProgress
 from farm.engine import Engine
 from farm.errors import CancelledError, DeviceLostError, FarmError, FarmUnavailableError, RecordError
 from farm.export import finalise
 from farm.lease import RENEW_S, Ask, Beat, Completion, GiveBack, Hello, Lease, Renewal, Reply
 from farm.ledger import Ledger
 from farm.plan import Plan
-from farm.shard import ShardProgress, ShardRunner
+from farm.shard import ShardRunner
 from farm.task import Task
 from farm.watchdog import Watchdog
 

@@ -3,8 +3,8 @@
 import threading
 from dataclasses import dataclass, field
 
+from farm.drawing import ShardProgress
 from farm.lease import Lease, Report
-from farm.shard import ShardProgress
 
 
 @dataclass(slots=True)

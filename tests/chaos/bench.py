@@ -60,14 +60,14 @@ def bench(gateway: Path | None = None) -> Iterator[Bench]:
     """Make what rounds need; `gateway`: a folder of Ceph's that runs already. The folder stays where `keep` was set."""
     folder = Path(tempfile.mkdtemp(prefix="ch-", dir="/tmp"))  # short: Ray's sockets lie below it
     ceph = Gateway(gateway or folder / "s3")
+    made = Bench(folder, ceph)
     try:
         with orphans_stay_ours():
             ceph.start()
-            made = Bench(folder, ceph)
             yield made
-            if made.keep:
-                print(f"chaos: what was left is in {folder}", flush=True)
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
     finally:
-        ceph.stop()
+        ceph.stop()  # by the process ids in its folder, which goes last
+        if made.keep:
+            print(f"chaos: what was left is in {folder}", flush=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)

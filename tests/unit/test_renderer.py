@@ -13,6 +13,7 @@ import pytest
 
 from farm.cores import Cores
 from farm.dispatch import Dispatch
+from farm.drawing import ShardProgress
 from farm.errors import CancelledError, DeviceLostError, FarmUnavailableError, StoreUnavailableError
 from farm.lease import (
     STAGE_LIMIT_S,
@@ -33,7 +34,7 @@ from farm.ledger import Ledger, Totals
 from farm.plan import Plan, PromptTable
 from farm.rebuild import completion_of, read_job
 from farm.renderer import REPLACED_EXIT, STUCK_EXIT, Renderer
-from farm.shard import ShardProgress, ShardRunner
+from farm.shard import ShardRunner
 from farm.storage.local import LocalStore
 from farm.sweep import Template
 from farm.task import Task

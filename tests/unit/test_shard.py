@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from farm.drawing import ShardProgress
 from farm.errors import (
     CancelledError,
     DeviceLostError,
@@ -23,7 +24,7 @@ from farm.plan import ImageSpec, Plan
 from farm.provenance import read_provenance
 from farm.receipt import Receipt
 from farm.records import Totals
-from farm.shard import ShardProgress, ShardRunner
+from farm.shard import ShardRunner
 from tests.drawing import FakeFamily, engine, ledger, on_device, plan
 
 PROMPTS = [f"prompt {i}" for i in range(8)]
@@ -413,3 +414,14 @@ def test_shards_of_a_pilot_and_of_the_others_name_their_places_in_the_pass(tmp_p
     other = run(store, planned, FakeFamily(), pass_number=2, shard=0)
     assert (other.start, other.stop, len(other.rows)) == (0, 4, 4)
     assert {row.prompt for row in other.rows} == {PROMPTS[row.index] for row in other.rows}
+
+
+def test_a_cautious_shard_draws_and_encodes_each_image_in_its_turn_and_announces_it(tmp_path: Path) -> None:
+    family = FakeFamily()
+    progress: list[ShardProgress] = []
+    receipt = run(ledger(tmp_path), plan(PROMPTS), family, cautious=True, on_progress=progress.append)
+    assert family.denoised == [(index,) for index in range(8)]
+    assert [step.in_hand for step in progress if step.announce] == [(index,) for index in range(8)]
+    assert all(row.alone for row in receipt.rows)
+    first_encode = next(number for number, step in enumerate(progress) if step.stage == "encode")
+    assert progress[first_encode].in_hand == (0,)
