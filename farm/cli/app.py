@@ -49,8 +49,25 @@ def run() -> NoReturn:
 
     Past this point nothing of ours is left to do, and native libraries have threads of their own: Ray's or Arrow's may
     abort the interpreter while it takes itself down, which would turn a command that ended well into a crash. So it is
-    not taken down.
+    not taken down. The commands that start Ray run in a child, which Ray may end as it likes.
     """
+    if sys.argv[1:2] not in (["render"], ["retry"]):
+        os._exit(_run())
+    from farm.cli.guard import CommandDiedError, guarded
+
+    try:
+        code = guarded(_run)
+    except CommandDiedError as death:
+        said = (
+            f"Ray or the kernel ended this command ({death}); what is stored stays: run it again, with -v for its logs"
+        )
+        print_error("farm_unavailable", said, as_json="--json" in sys.argv)
+        code = int(Exit.UNAVAILABLE)
+    os._exit(code)
+
+
+def _run() -> int:
+    """Run the command line to its last byte of output; returns its exit code."""
     code = int(Exit.UNEXPECTED)
     try:
         code = main()
@@ -61,7 +78,7 @@ def run() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # its reader has gone, or it was closed
             stream.flush()
-    os._exit(code)
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 from farm.cli.exits import Exit
+from farm.cli.guard import leave
 from farm.cli.terminal import note
 from farm.cli.wording import duration, rate
 
@@ -152,7 +153,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
     """
 
     def second(_signal: int, _frame: FrameType | None) -> None:
-        os._exit(Exit.INTERRUPTED)
+        leave(Exit.INTERRUPTED)
 
     handler: Callable[[int, FrameType | None], None] = second
 

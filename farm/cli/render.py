@@ -1,6 +1,5 @@
 """`farm render`: plan or resume a manifest's job, render it, and follow it to its end."""
 
-import os
 import shlex
 import sys
 import time
@@ -14,6 +13,7 @@ import typer
 
 from farm.cli.exits import Exit, exit_code
 from farm.cli.following import follow, interruptible, progress_line, spinner
+from farm.cli.guard import leave
 from farm.cli.options import Options, command
 from farm.cli.planning import read_request, submit_request
 from farm.cli.summary import summarise
@@ -158,7 +158,7 @@ def _give_up(options: Options, again: str, error: FarmError) -> NoReturn:
     message = f"{error.message} (what is stored stays; {again} goes on)"
     print_error(error.code, message, as_json=options.json)
     sys.stdout.flush()
-    os._exit(exit_code(error))
+    leave(exit_code(error))
 
 
 def _stay(farm: "Farm", job: str) -> None:
