@@ -10,7 +10,7 @@ from typing import Literal
 from farm.errors import PlacementError
 
 CONTEXT_GIB = 1.0
-"""Left free of the budget: the CUDA context lies outside torch's allocator, and fragments cost something (GPU.md)."""
+"""Left free of the budget: the CUDA context lies outside torch's allocator, and fragments cost something."""
 ENCODE_GIB = 0.25
 """Room for one prompt's activations in a text encoder."""
 BFLOAT16_CAPABILITY = (8, 0)

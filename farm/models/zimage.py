@@ -25,9 +25,9 @@ from farm.plan import ImageSpec, Numerics
 CAPTION_MULTIPLE = 32
 """The transformer pads captions to multiples of this; longer differences would need an attention mask."""
 STEP_GIB_PER_MEGAPIXEL = 0.5
-"""One image of a step at 1024 x 1024 in bf16, without guidance (GPU.md: 0.48)."""
+"""One image of a step at 1024 x 1024 in bf16, without guidance; estimated 0.48."""
 DECODE_GIB_PER_MEGAPIXEL = 1.5
-"""FLUX's VAE, untiled (GPU.md)."""
+"""FLUX's VAE, untiled; an estimate."""
 DECODE_PIXELS = 2**20
 """Pictures are decoded in slices of at most so many pixels, at least one picture: decoding needs the most memory."""
 PARTS = {"encoder": "text_encoder", "denoiser": "transformer", "decoder": "vae"}

@@ -1,4 +1,4 @@
-"""Placements by the figures of GPU.md."""
+"""Placements by estimated sizes of real models."""
 
 import pytest
 
