@@ -316,7 +316,8 @@ def _address(note: Path) -> str | None:
         if note.stat().st_uid != os.getuid():
             return None
         record = json.loads(note.read_text())
-        alive = abs(psutil.Process(record["pid"]).create_time() - record["started"]) < CLOCK_S
+        writer = psutil.Process(record["pid"])
+        alive = writer.status() != psutil.STATUS_ZOMBIE and abs(writer.create_time() - record["started"]) < CLOCK_S
         return str(record["address"]) if alive else None
     except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return None

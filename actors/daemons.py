@@ -41,7 +41,7 @@ class Daemons:
 
     def check(self) -> None:
         """Raise FarmUnavailableError if one of them has died."""
-        died = next((name for child, name in self._seen.values() if _is_dead(child)), None)
+        died = next((name for child, name in list(self._seen.values()) if _is_dead(child)), None)
         if died is not None:
             raise FarmUnavailableError(
                 f"Ray's {died} died, and the farm with it; what was stored is safe: run the command again"

@@ -83,7 +83,8 @@ class Claims:
     """One farm's claims. Blocks on the store; calls for one job must not overlap.
 
     `me` is this farm's claim as it would write it. `enforced`: whether the store has conditional replaces, without which
-    every job counts as held; found out by the first call where it is not given. `clock`: monotonic seconds.
+    every job counts as held; found out by the first call where it is not given. `clock`: monotonic seconds. `first`:
+    where a new claim begins to count, never the same again: an equal one would have an earlier one's etag.
     """
 
     def __init__(
@@ -94,12 +95,14 @@ class Claims:
         enforced: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
         lives: Lives | None = None,
+        first: Callable[[], int] = time.time_ns,
     ) -> None:
         self._store = store
         self._me = me
         self._enforced = enforced
         self._clock = clock
         self._lives = lives or process_lives
+        self._first = first
         self._sights: dict[str, _Sight] = {}
         self._probing = threading.Lock()
 
@@ -113,7 +116,8 @@ class Claims:
             asked_at = self._clock()
             info = self._store.head(key)
             if info is None:
-                if self._store.create(key, self._written(after=0)):
+                self._sights.pop(job, None)
+                if self._store.create(key, self._written(after=self._first())):
                     return self._held(job)
                 continue
             sight = self._sights.get(job)

@@ -2,7 +2,7 @@
 
 The one place where it is decided whether something can be said to a job as it stands; the command line and the server
 call it alike. What is written holds once a function returns, whether or not a farm is running; saying twice what stands
-already writes nothing. Unknown jobs are UnknownJobError, jobs in deletion and words without effect ControlError.
+already writes nothing. Unknown jobs are UnknownJobError, jobs deleted meanwhile and words without effect ControlError.
 """
 
 import math
@@ -132,7 +132,8 @@ def retry(
 
     `damaged` reads every picture and adds those that are missing or not as their rows say. A job that is paused or
     cancelled is resumed. One that is not done goes on first where failed images are asked for, and for other images is
-    refused. Raises ControlError too for indexes out of range.
+    refused. Raises ControlError too for indexes out of range, and where another opens a pass of the job meanwhile; what was
+    opened by then it names.
     """
     found = _look(ledger, job)
     plans = _runs(found, run, listed=not isinstance(which, str))
@@ -147,19 +148,23 @@ def retry(
         what = "failed or is damaged" if damaged else "failed"
         return Retried(job, 0, False, False, f"no image of {job} {what}; there is nothing to render again")
     opened = 0
+    passes: list[str] = []
     for plan, indexes in wanted:
-        number = ledger.passes(plan) + 1
         ledger.open(job)
-        if not ledger.open_pass(plan, number, indexes):
-            raise ControlError(
-                f"pass {number} of {job} was just opened by somebody else; look at it: farm status {job}"
-            )
-        opened += plan.images if indexes is None else len(indexes)
+        try:
+            number = _open(ledger, plan, indexes)
+        except ControlError as exc:
+            before = f". What was opened before stays open: {', '.join(passes)}" if passes else ""
+            raise ControlError(exc.message + before) from exc
+        images = plan.images if indexes is None else len(indexes)
+        passes.append(f"pass {number} of run {plan.run}, {_count(images)}")
+        opened += images
     # Once more: a farm that found the job done before the pass was open may have taken the mark away since.
     ledger.open(job)
-    resumed = found.said.state != "open"
+    # As it stands now: to look for damaged pictures takes long, and somebody may have spoken meanwhile.
+    resumed = standing(ledger.controls(job)).state != "open"
     if resumed:
-        ledger.append_control(job, "resume", at=at, by=by)
+        ledger.append_control(job, "resume", at=at, by=by, run=found.plans[0].run)
     message = f"{_count(opened, 'failed image' if failed and not damaged else 'image')} of {job} will be rendered again"
     if not opened:
         message = f"{job} {_not_done(found)}; it goes on, and failed images can be retried after it"
@@ -200,7 +205,8 @@ class _Job:
     def say(
         self, ledger: Ledger, action: Action, message: str, *, at: str, by: str, changes: Changes | None = None
     ) -> Said:
-        control = ledger.append_control(self.job, action, at=at, by=by, **(changes or Changes()).given)
+        given = (changes or Changes()).given
+        control = ledger.append_control(self.job, action, at=at, by=by, run=self.plans[0].run, **given)
         said = standing([*ledger.controls(self.job)])
         return Said(self.job, state_of(ledger, self.plans, said), control, message)
 
@@ -272,6 +278,15 @@ def _runs(found: _Job, run: str | None, *, listed: bool) -> list[Plan]:
             f"{found.job} has {len(names)} runs, each with images from 0: say which is meant, of {', '.join(names)}"
         )
     return found.plans
+
+
+def _open(ledger: Ledger, plan: Plan, indexes: Indexes | None) -> int:
+    number = ledger.passes(plan) + 1
+    if not ledger.open_pass(plan, number, indexes):
+        raise ControlError(
+            f"pass {number} of {plan.job} was just opened by somebody else; look at it: farm status {plan.job}"
+        )
+    return number
 
 
 def _wanted(ledger: Ledger, plan: Plan, which: Which, *, damaged: bool) -> Indexes | None:

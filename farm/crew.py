@@ -55,6 +55,7 @@ class Crew:
         self._pool = pool
         self._lost = lost
         self._troubles: dict[str, str] = {}
+        self._closed = False
 
     @property
     def trouble(self) -> str | None:
@@ -64,6 +65,10 @@ class Crew:
     def came(self, renderer: str) -> None:
         """A renderer has shown life."""
         self._troubles.pop(renderer, None)
+
+    def close(self) -> None:
+        """Start none again."""
+        self._closed = True
 
     async def keep(self, name: str) -> None:
         """Keep one renderer at work until it is retired."""
@@ -79,5 +84,7 @@ class Crew:
                 deaths = deaths + 1 if loop.time() - started < START_S else 0
                 if deaths >= TROUBLE_DEATHS and isinstance(exc, FarmUnavailableError):
                     self._troubles[name] = exc.message
+                if self._closed:
+                    return
                 log.warning("renderer lost", extra={"renderer": name, "reason": exc.message})
             await asyncio.sleep(START_AGAIN_S[min(deaths, len(START_AGAIN_S) - 1)])

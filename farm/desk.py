@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from farm.claims import Claims
 from farm.crew import START_S, Crew, Pool
 from farm.dispatch import Dispatch
-from farm.errors import FarmError
+from farm.errors import FarmError, FarmUnavailableError
 from farm.jobwatch import JobWatch, Threads
 from farm.lease import (
     POLL_S,
@@ -52,6 +52,7 @@ GREETING_S = 2.0
 """After a restart, how long past a beat renderers that live have to report their leases before new ones are given."""
 READ_THREADS = 8
 LOOK_THREADS = 8
+CLAIM_THREADS = 4
 
 
 class Desk:
@@ -94,6 +95,7 @@ class Desk:
             claims,
             reads=threads(READ_THREADS, "reads"),
             looks=self._looks,
+            claiming=threads(CLAIM_THREADS, "claims"),
             changed=self._changed,
         )
         self._parking = Parking(offer=self._offer, has_work=self._has_work)
@@ -103,13 +105,14 @@ class Desk:
         self._rounds: list[asyncio.Task[None]] = []
         self._started_at: float | None = None
         self._starting: asyncio.Task[None] | None = None
+        self._stopping = False
 
     # Jobs
 
     async def submit(self, job: str) -> None:
         """Take up what the store holds of a job, because a person asks for it. Raises what the store says of it."""
         await self._ready()
-        await self._jobs.take_up(job, again=True)
+        await self._jobs.ask_for(job)
 
     async def progress(self, job: str) -> tuple[JobProgress | None, str | None]:
         """A job's snapshot, None where it is not known here, and the error code of what stalled it."""
@@ -121,7 +124,10 @@ class Desk:
         if self._crew.trouble is not None:
             return progress, f"renderers: {self._crew.trouble}"
         if job in self._jobs.troubles:
-            progress = replace(progress, message=f"it goes on as before: {self._jobs.troubles[job]}")
+            progress = replace(
+                progress,
+                message=f"it could not be read again, and goes on as far as it was: {self._jobs.troubles[job]}",
+            )
         elif not progress.renderers and self._now() - (self._started_at or 0.0) > START_S:
             what = f"no renderer has started yet: Ray has no free {self._free} for one, or starts slowly"
             progress = replace(progress, message=what)
@@ -172,6 +178,10 @@ class Desk:
 
     async def stop(self) -> None:
         """End every renderer, each within a denoising step, let go of every claim, and end this desk's own work."""
+        self._stopping = True
+        self._crew.close()
+        if self._starting is None:
+            await self._looks(self._pool.find)  # renderers of the process before this one
         for task in self._rounds:
             task.cancel()
         self._jobs.close()
@@ -192,6 +202,8 @@ class Desk:
     async def _ready(self) -> None:
         """Start up on the first call; every caller waits for the same start. One that failed is tried again."""
         if self._starting is None:
+            if self._stopping:
+                raise FarmUnavailableError("the farm is being stopped; run the command again to start another")
             self._starting = asyncio.create_task(self._start())
         starting = self._starting
         try:

@@ -6,6 +6,8 @@ and never truth. What should be done outside (end a renderer, look for a receipt
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
 
 from farm.blame import count_deaths
 from farm.board import Board, task
@@ -32,7 +34,7 @@ from farm.lease import (
     beat_s,
 )
 from farm.progress import images_done, snapshot
-from farm.records import DEVICE_STAGES
+from farm.records import device_seconds
 from farm.retry import (
     Blame,
     Trouble,
@@ -62,6 +64,7 @@ class Dispatch:
         self._granted = 0
         self._ticked_at: float | None = None
         self._looked_at = 0.0
+        self._was_late = False
 
     def effects(self) -> tuple[Effect, ...]:
         """What should be done outside, each once; to be asked for after every call."""
@@ -72,9 +75,19 @@ class Dispatch:
 
     # Jobs
 
-    def take_up(self, view: JobView, *, again: bool = False, now: float) -> None:
+    def take_up(self, view: JobView, *, again: bool = False, again_soon: bool = False, now: float) -> None:
         """Know a job as it was just read. `again`: a person asks for it, and what had stalled is tried again."""
-        take_up(self._board, view, again=again, claimed=not self._claims or None, now=now)
+        take_up(self._board, view, again=again, again_soon=again_soon, claimed=not self._claims or None, now=now)
+
+    def said(self, job: str, state: Literal["paused", "cancelled"], *, now: float) -> None:
+        """Somebody paused or cancelled a job: what there is of it ends at once, before it is read again."""
+        known = self._board.jobs.get(job)
+        if known is None or known.view.state in (state, "deleted"):
+            return
+        known.view = replace(known.view, state=state)
+        for run in known.runs.values():
+            self._board.drop_leases(run, now)
+        self._board.requeue_job(known, now)
 
     def claimed(self, job: str, held: bool, *, by: str = "", now: float) -> None:
         """Whether this farm holds a job's claim, and who else does. Nothing is leased before it was read again."""
@@ -217,7 +230,7 @@ class Dispatch:
     def complete(self, completion: Completion, *, now: float) -> None:
         """A receipt exists. Honoured whatever became of the lease; the shard's other leases end."""
         lease = completion.lease
-        measured = sum(seconds for stage, seconds in completion.seconds.items() if stage in DEVICE_STAGES)
+        measured = device_seconds(completion.seconds)
         held = self._board.held.get(lease.token)
         if held is not None:
             if lease.task == "render":
@@ -259,7 +272,7 @@ class Dispatch:
         if job is None or run is None or run.entry.pass_number != check.pass_number or run.finalised:
             return
         if completion is not None:
-            measured = sum(seconds for stage, seconds in completion.seconds.items() if stage in DEVICE_STAGES)
+            measured = device_seconds(completion.seconds)
             self._set_done(job, run, completion, measured, now)
         elif check.shard in run.unsure:
             run.came_back(check.shard)
@@ -292,14 +305,16 @@ class Dispatch:
         late = now - self._ticked_at if self._ticked_at is not None else 0.0
         self._ticked_at = now
         self._board.set_wall(wall, now=now)
-        if late > PAUSE_S:
+        # One tick that is late forgives the time; ticks that are always late are this machine's pace, and forgive none.
+        forgives, self._was_late = late > PAUSE_S and not self._was_late, late > PAUSE_S
+        if forgives:
             for renderer in self._board.renderers.values():
                 renderer.heard_at = min(renderer.heard_at + late, now)
                 renderer.asked_at = min(renderer.asked_at + late, now)
             for held in self._board.held.values():
                 held.reported_at = min(held.reported_at + late, now)
                 held.progressed_at = min(held.progressed_at + late, now)
-        looks = late > PAUSE_S or now - self._looked_at >= len(self._board.held) / LOOKS_PER_S
+        looks = now - self._looked_at >= len(self._board.held) / LOOKS_PER_S
         if looks:
             self._looked_at = now
             self._give_up(now)
@@ -321,7 +336,10 @@ class Dispatch:
     def _give_up(self, now: float) -> None:
         given_up = {name: "silent" for name, one in self._board.renderers.items() if now - one.heard_at > LEASE_S}
         for held in self._board.held.values():
-            if held.report and now - held.progressed_at > STAGE_LIMIT_S[held.report.stage] + STUCK_GRACE_S:
+            since = held.progressed_at
+            if held.report and held.report.stage == "waiting":
+                since = max(one.progressed_at for one in self._board.renderers[held.renderer].held.values())
+            if held.report and now - since > STAGE_LIMIT_S[held.report.stage] + STUCK_GRACE_S:
                 given_up.setdefault(held.renderer, "stuck")
         for name, one in self._board.renderers.items():
             if not one.held and now - one.asked_at > STAGE_LIMIT_S["load"] + STUCK_GRACE_S:

@@ -10,15 +10,19 @@ JOBS_KEPT = 256
 """Jobs without work that progress can still be asked of."""
 
 
-def take_up(board: Board, view: JobView, *, again: bool, claimed: bool | None, now: float) -> None:
+def take_up(
+    board: Board, view: JobView, *, again: bool, again_soon: bool = False, claimed: bool | None, now: float
+) -> None:
     """Know a job as it was just read. `again`: a person asks for it, and what had stalled is tried again. `claimed`: what
     holds for a job that was not known, as `JobState` has it."""
     job = board.jobs.get(view.job)
     if job is None or (job.view.state == "deleted" and view.state != "deleted"):
         job = board.jobs[view.job] = JobState(view, claimed=job.claimed if job else claimed)
     resumed = job.view.state != view.state
-    job.view, job.reading = view, False
+    job.view, job.reading = view, job.reading and again_soon
     entries = {entry.run: entry for entry in view.runs}
+    if job.runs and entries and not job.runs.keys() & entries.keys():
+        job.images, job.gpu_s, job.limit = 0, 0.0, None
     for name, run in job.runs.items():
         if name not in entries:
             run.finalised = True

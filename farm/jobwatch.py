@@ -7,14 +7,17 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 from farm.claims import CLAIM_LOOK_S, CLAIM_RENEW_S, Claims, Hold
 from farm.dispatch import Dispatch
 from farm.errors import FarmError, StoreUnavailableError
+from farm.intake import JOBS_KEPT
 from farm.lease import Check
 from farm.ledger import Ledger
 from farm.rebuild import completion_of, read_job
+from farm.records import standing
 from farm.run import JobView
 
 log = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class JobWatch:
         *,
         reads: Threads,
         looks: Threads,
+        claiming: Threads,
         changed: Callable[[], None],
     ):
         self._dispatch = dispatch
@@ -66,6 +70,7 @@ class JobWatch:
         self._claims = claims
         self._reads = reads
         self._looks = looks
+        self._claims_in = claiming
         self._changed = changed
         self._reading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._claiming: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -78,6 +83,9 @@ class JobWatch:
         self._said: dict[str, str] = {}
         self.troubles: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._claim_tasks: set[asyncio.Task[None]] = set()
+        self._asked: dict[str, asyncio.Task[None]] = {}
+        self._closed = False
 
     async def take_up(self, job: str, *, again: bool = False) -> None:
         """Read a job and see to its claim; waits while the store is away. `again`: a person asks for it.
@@ -86,21 +94,32 @@ class JobWatch:
         """
         async with self._reading[job]:
             self._to_read.discard(job)
+            self._asked.pop(job, None)
             started = self._now()
             try:
                 controls, view = await self._answered(self._reads, lambda: _read(self._ledger, job))
-            except FarmError as exc:
-                self.troubles[job] = exc.message
+            except Exception as exc:
+                self.troubles[job] = exc.message if isinstance(exc, FarmError) else f"{type(exc).__name__}: {exc}"
                 self._read_again_at[job] = self._now() + ELSEWHERE_S
                 raise
             self.troubles.pop(job, None)
             now = self._now()
             self._controls[job] = controls
             self._read_again_at[job] = now + max(ELSEWHERE_S, (now - started) / ELSEWHERE_SHARE)
-            self._dispatch.take_up(view, again=again, now=now)
+            self._dispatch.take_up(view, again=again, again_soon=job in self._to_read, now=now)
             self._changed()
         if job not in self._due and job in self._dispatch.unfinished():
             await self._claim(job)
+
+    async def ask_for(self, job: str) -> None:
+        """Take up a job because a person asks for it; many who ask while it waits to be read wait for one read.
+
+        Raises what the store says of a job that cannot be read.
+        """
+        asked = self._asked.get(job)
+        if asked is None:
+            asked = self._asked[job] = asyncio.create_task(self.take_up(job, again=True))
+        await asyncio.shield(asked)
 
     def read(self, job: str) -> None:
         """Take up a job in the background; one that waits to be read is not read twice."""
@@ -142,6 +161,7 @@ class JobWatch:
         """Renew the claims of this farm's jobs, look at those of others, let go of what needs none any more."""
         while True:
             await asyncio.sleep(CLAIMS_S)
+            self._prune()
             now = self._now()
             wanted = set(self._dispatch.unfinished())
             for job in [job for job in self._due if job not in wanted]:
@@ -149,18 +169,22 @@ class JobWatch:
                 self._spawn(self._let_go(job), job)
             for job in wanted:
                 if now >= self._due.get(job, 0.0) and not self._claiming[job].locked():
-                    self._spawn(self._claim(job), job)
+                    self._spawn_claim(job)
                 hold = self._holds.get(job)
-                if hold is not None and not hold.held and now >= self._read_again_at.get(job, now):
+                if (job in self.troubles or (hold is not None and not hold.held)) and now >= self._read_again_at.get(
+                    job, now
+                ):
                     self.read(job)
 
     async def release(self) -> None:
         """Let go of every claim; to be called when nothing is rendered any more."""
+        jobs = {*self._due, *self._holds}
         self._due.clear()
-        await asyncio.gather(*(self._let_go(job) for job, hold in list(self._holds.items()) if hold.held))
+        await asyncio.gather(*(self._let_go(job) for job in jobs))
 
     def close(self) -> None:
-        """End what goes on in the background."""
+        """End what goes on in the background, but for claims that are being asked for: `release` waits for those."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
 
@@ -181,7 +205,7 @@ class JobWatch:
 
     async def _check(self, check: Check) -> None:
         try:
-            found = await self._answered(self._looks, lambda: completion_of(self._ledger, check))
+            found = await self._answered(self._reads, lambda: completion_of(self._ledger, check))
         except FarmError as exc:
             # Whoever is leased the shard next meets the same, and says so.
             log.error("receipt not looked up", extra={"job": check.job, "shard": check.shard, "reason": exc.message})
@@ -195,18 +219,27 @@ class JobWatch:
     async def _look_at_controls(self, job: str) -> None:
         try:
             last = await self._looks(lambda: self._ledger.last_control(job))
+            rests = job in self.troubles and self._now() < self._read_again_at.get(job, 0.0)
+            if last == self._controls.setdefault(job, last) or rests:
+                return
+            # Reading a job takes long where a budget needs its receipts; what stops it does not wait for that.
+            with suppress(FarmError):  # whatever it is, the read meets it too
+                said = await self._looks(lambda: standing(self._ledger.controls(job)))
+                if said.state != "open":
+                    self._dispatch.said(job, said.state, now=self._now())
+                    self._changed()
         finally:
             self._looking.discard(job)
-        rests = job in self.troubles and self._now() < self._read_again_at.get(job, 0.0)
-        if last != self._controls.setdefault(job, last) and not rests:
-            self.read(job)
+        self.read(job)
 
     async def _claim(self, job: str) -> None:
         """Hold a job's claim, or learn who does. Where that cannot be found out, things stay as they were."""
         async with self._claiming[job]:
+            if self._closed:
+                return
             self._due[job] = self._now() + CLAIM_LOOK_S
             try:
-                hold = await self._looks(lambda: self._claims.hold(job))
+                hold = await self._claims_in(lambda: self._claims.hold(job))
             except StoreUnavailableError as exc:
                 log.warning("claim not renewed", extra={"job": job, "reason": exc.message})
                 return
@@ -228,8 +261,8 @@ class JobWatch:
             hold = self._holds.pop(job, None)
             self._dispatch.claimed(job, False, now=self._now())
             self._changed()
-            if hold is not None and hold.held:
-                await self._looks(lambda: self._claims.release(job))
+            if hold is None or hold.held:
+                await self._claims_in(lambda: self._claims.release(job))
 
     async def _answered(self, threads: Threads, work: Callable[[], T]) -> T:
         """Ask the store in a thread, again and again while it does not answer."""
@@ -240,10 +273,25 @@ class JobWatch:
                 log.warning("store not available", extra={"reason": exc.message})
                 await asyncio.sleep(AGAIN_S)
 
+    def _prune(self) -> None:
+        """Forget jobs that the rules have forgotten: done long ago, or never there."""
+        known = {*self._dispatch.jobs(), *self._due, *self._to_read, *self._asked, *self._looking}
+        if len(self._reading) <= 2 * len(known) + JOBS_KEPT:
+            return
+        for job in [one for one, lock in self._reading.items() if one not in known and not lock.locked()]:
+            del self._reading[job]
+            for kept in (self._claiming, self._controls, self._read_again_at, self._said, self.troubles):
+                kept.pop(job, None)
+
     def _spawn(self, work: Coroutine[Any, Any, None], job: str) -> None:
         task = asyncio.create_task(self._alone(work, job))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _spawn_claim(self, job: str) -> None:
+        task = asyncio.create_task(self._alone(self._claim(job), job))
+        self._claim_tasks.add(task)
+        task.add_done_callback(self._claim_tasks.discard)
 
     async def _alone(self, work: Coroutine[Any, Any, None], job: str) -> None:
         """Keep one job's trouble from the others."""

@@ -2,8 +2,8 @@
 
 Owns every key below `jobs/`, `open/` and `profiles/` except the pictures themselves. Knows nothing of leases.
 Invariants: a shard is done if and only if its receipt exists; plans, controls, passes and receipts are created once and
-never changed; pass n + 1 opens only after the totals of pass n are written; a job with a tombstone under `deleted/` has
-no plan for anybody.
+never changed, but a control goes again where its job was deleted meanwhile; pass n + 1 opens only after the totals of
+pass n are written; a job with a tombstone under `deleted/` has no plan for anybody.
 """
 
 import difflib
@@ -119,6 +119,7 @@ class Ledger:
         *,
         at: str,
         by: str,
+        run: str | None = None,
         priority: int | None = None,
         max_images: int | None = None,
         gpu_hours: float | None = None,
@@ -127,6 +128,9 @@ class Ledger:
         """Write what somebody says to the job under the next number; it holds once this returns.
 
         The values are those of a `change`; None leaves one as it is. Whether it can be said is `farm.controls`' affair.
+        `run`: the job's first one, as who speaks saw it. Where the job was deleted since, and perhaps made anew, the word is
+        taken back and ControlError raised; without it a word may wait for a later job of that name. On a store without
+        conditional puts a word is lost where another's, begun before it was there, is written after it was read back.
         """
         first = self.last_control(job) + 1
         for seq in range(first, first + _CREATE_TRIES):
@@ -140,9 +144,16 @@ class Ledger:
                 gpu_hours=gpu_hours,
                 finish_by=finish_by,
             )
-            data = control.model_dump_json().encode()
-            if self.store.create(f"jobs/{job}/control/{seq:06d}.json", data, content_type=_JSON):
-                return control
+            key, data = f"jobs/{job}/control/{seq:06d}.json", control.model_dump_json().encode()
+            if self._create(key, data, content_type=_JSON):
+                if run is None or self._begins_with(job, run):
+                    return control
+                if self._stored(key) == data:
+                    self.store.delete(key)
+                raise ControlError(
+                    f"{job} was deleted meanwhile, so {action} was taken back; see farm status, and say it again if it is "
+                    "meant for a new job of that name"
+                )
         raise StoreError(f"{self.store.url}: {_CREATE_TRIES} controls of {job} were taken in a row; try again")
 
     def controls(self, job: str) -> list[Control]:
@@ -159,10 +170,11 @@ class Ledger:
         return max(self._numbers(run_key(plan, "passes/"), ".npy"), default=1)
 
     def open_pass(self, plan: Plan, number: int, indexes: Indexes | None) -> bool:
-        """Open pass `number` over `indexes`, ascending; False when that pass is there already.
+        """Open pass `number` over `indexes`, ascending; False when that pass is there already, as another opened it.
 
         None: over all that the pilot left out where that is still to do, else over every image again. Raises ControlError
-        when the pass before it is not closed yet, the pilot's others come first, or there is nothing to do.
+        when the pass before it is not closed yet, the pilot's others come first, or there is nothing to do. On a store
+        without conditional puts another's list, begun before this one was there, may still replace it after this returned.
         """
         latest = self.passes(plan)
         if number <= latest:
@@ -189,15 +201,7 @@ class Ledger:
                 )
         sink = io.BytesIO()
         np.save(sink, indexes, allow_pickle=False)
-        return self.store.create(run_key(plan, f"passes/{number:04d}.npy"), sink.getvalue())
-
-    def pass_indexes(self, plan: Plan, number: int) -> Indexes | None:
-        """The images of pass `number`, ascending; None where it is no list: all images, or all that a pilot left out.
-
-        Raises RecordError.
-        """
-        found = self.selection(plan, number)
-        return found.indexes if isinstance(found, Listed) else None
+        return self._create(run_key(plan, f"passes/{number:04d}.npy"), sink.getvalue())
 
     def selection(self, plan: Plan, number: int) -> Selection:
         """Which images pass `number` is over. Raises RecordError."""
@@ -395,6 +399,26 @@ class Ledger:
             number = number_in(info.key.removeprefix(prefix), suffix)
             if number is not None:
                 yield number
+
+    def _create(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> bool:
+        """Create an object and read it back: without conditional puts two may both be told that they were first.
+
+        One that is gone again was deleted with its job, and is nobody else's.
+        """
+        return self.store.create(key, data, content_type=content_type) and self._stored(key) in (data, None)
+
+    def _stored(self, key: str) -> bytes | None:
+        try:
+            return self.store.get(key)
+        except ObjectMissingError:
+            return None
+
+    def _begins_with(self, job: str, run: str) -> bool:
+        """Whether the job is there, and the one whose first run this is."""
+        try:
+            return [plan.run for plan in self.plans(job)][:1] == [run]
+        except ObjectMissingError:  # deleted between the listing and the reading of a plan
+            return False
 
     def _where(self, key: str) -> str:
         return f"{self.store.url}/{key}"

@@ -89,7 +89,7 @@ class Parking:
                     loop.call_soon(self._go_on)
                 return
             except Exception:
-                self._round = None  # the next wake-up begins anew, and does not wait for this one
+                self._round, self._woken = None, False  # the next wake-up begins anew, and does not wait for this one
                 raise
         loop.call_soon(self._go_on)
 

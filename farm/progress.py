@@ -67,7 +67,8 @@ def _state(job: JobState, run: RunState | None) -> tuple[str, str | None]:
             return "elsewhere", f"rendered by another farm, {job.elsewhere}"
         return "waiting", "its claim is being asked for"
     if run.rendered:
-        return "finalising", run.message
+        waits = None if run.finaliser else "its dataset waits for a renderer to write it"
+        return "finalising", run.message or waits
     if run.held:
         return "running", run.message
     return "waiting", run.message

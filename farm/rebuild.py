@@ -6,7 +6,7 @@ failed. A receipt that does not parse counts by its presence: its shard is done,
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from farm.limits import limits_of
 from farm.plan import Plan, mean_work
 from farm.prefetch import in_order
 from farm.receipt import Receipt
-from farm.records import DEVICE_STAGES, standing
+from farm.records import device_seconds, standing
 from farm.run import JobView, RunEntry
 
 log = logging.getLogger(__name__)
@@ -154,15 +154,11 @@ def _gpu_s(ledger: Ledger, latest: _Latest, threads: int) -> float:
     plan, number, done = latest.plan, latest.number, latest.done
     closed = number if done is None else number - 1
     totals = ledger.totals(plan, closed) if closed else None
-    seconds = _on_device(totals.seconds) if totals else 0.0
+    seconds = device_seconds(totals.seconds) if totals else 0.0
     if done is None:
         return seconds
     shards = (int(shard) for shard in np.flatnonzero(done))
-    return seconds + sum(_on_device(receipt.seconds) for receipt in _receipts(ledger, latest, shards, threads))
-
-
-def _on_device(seconds: Mapping[str, float]) -> float:
-    return sum(value for stage, value in seconds.items() if stage in DEVICE_STAGES)
+    return seconds + sum(device_seconds(receipt.seconds) for receipt in _receipts(ledger, latest, shards, threads))
 
 
 def _receipts(ledger: Ledger, latest: _Latest, shards: Iterable[int], threads: int) -> Iterable[Receipt]:

@@ -114,8 +114,8 @@ class Receipt:
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, ValidationError) as exc:
             reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
             raise RecordError(
-                f"{where}: not a receipt ({reason}); restore the object, or delete it and start the job again: "
-                "its shard is rendered again"
+                f"{where}: not a receipt ({reason}); restore the object, or delete it and its run's totals/, and start the "
+                "job again: its shard is rendered again"
             ) from exc
         kept = {name: getattr(head, name) for name in _Head.model_fields if name not in ("version", "images")}
         return cls(**kept, rows=rows)

@@ -3,7 +3,7 @@
 Each carries the version that wrote it; one from a newer farm is refused, never guessed at.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -85,6 +85,11 @@ DEVICE_STAGES = ("load", "encode", "denoise", "decode")
 """Stages of a receipt's seconds in which the device is in use; the others run beside it."""
 
 
+def device_seconds(seconds: Mapping[str, float]) -> float:
+    """Return for how long the device was in use, of seconds by stage."""
+    return sum((seconds.get(stage, 0.0) for stage in DEVICE_STAGES), 0.0)
+
+
 class Totals(Record):
     """What a job came to by the end of a pass: over all its images, the latest pass of each."""
 
@@ -106,7 +111,7 @@ class Totals(Record):
     @property
     def gpu_seconds(self) -> float:
         """Seconds in which renderers had their devices in use, summed over them and all passes; loading counts."""
-        return round(sum(self.seconds.get(stage, 0.0) for stage in DEVICE_STAGES), 3)
+        return round(device_seconds(self.seconds), 3)
 
 
 class Tombstone(Record):

@@ -2,7 +2,8 @@
 
 From the tombstone on nobody sees the job. Killed anywhere, the same call goes on where it stopped. What a farm that did
 not hear of it in time still writes lies under the old run's random name, where no later job of that name ever looks;
-`farm.garbage` finds it.
+`farm.garbage` finds it. What a person says to the job too late is taken back by `Ledger.append_control`, or else by the
+submission of the next job of that name.
 """
 
 import time

@@ -327,6 +327,8 @@ class Renderer:
         loop.call_soon_threadsafe(self._changed.set)
 
         def on_rows(rows: int) -> None:
+            if task.stop.is_set():
+                raise CancelledError("the lease was taken away while the dataset was written")
             task.progress = ShardProgress(stage="finalise", ticks=rows, fraction=1.0)
 
         on_rows(0)
@@ -341,6 +343,9 @@ class Renderer:
         except (TimeoutError, FarmUnavailableError):
             told.cancel()
             log.warning("announcement not answered", extra={"renderer": self.name, "token": task.lease.token})
+        except Exception:
+            # The dispatcher's own trouble, which is no reason to give up the shard.
+            log.exception("the dispatcher failed on an announcement", extra={"renderer": self.name})
 
     def _runner(self, lease: Lease) -> ShardRunner:
         """The runner of a lease's plan; the last few are kept, with the prompts that they have read."""
@@ -370,6 +375,7 @@ class Renderer:
             while self._engines:
                 self._engines.pop().unload()
             engine = Engine(plan.card, plan.numerics, self._device, self._vram_gib)
+            self._loaded_model = None
             engine.load()
             self._loaded_model = plan.card.name
             return engine

@@ -32,7 +32,7 @@ Bits = Callable[[int], int]
 """From a count of bits to that many random ones."""
 
 MAX_IMAGES = 1_000_000_000
-"""Indexes have nine digits in file names, and a job's shards are held in memory as a byte each."""
+"""Indexes have nine digits in file names, and a job's shards are held in memory as a bit each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ def submit(
         made = Submission(plan, "created", numerics_differences(newest.numerics, plan.numerics))
     ledger.open(newest.job)
     if new.given:
-        ledger.append_control(newest.job, "change", at=now, by=by or request.owner, **new.given)
+        ledger.append_control(newest.job, "change", at=now, by=by or request.owner, run=plans[0].run, **new.given)
     return replace(made, changed=before.words(new), kept=replace(before, **new.given).unlike(stated(request.manifest)))
 
 
@@ -247,6 +247,8 @@ def _create(request: Request, ledger: Ledger, plans: Sequence[Plan], *, now: str
             appended_to=plans[-1].run if plans else None,
         )
         ledger.open(job)
+        if not plans:
+            _discard_controls(ledger, job)
         created = ledger.create_plan(plan, len(plans) + 1)
     except FarmError:
         _discard(ledger, job, run, written)
@@ -258,6 +260,14 @@ def _create(request: Request, ledger: Ledger, plans: Sequence[Plan], *, now: str
     ledger.open(job)
     _refuse_deleted(request, ledger)
     return plan
+
+
+def _discard_controls(ledger: Ledger, job: str) -> None:
+    """Take away what was said to a deleted job of that name, too late for its deletion: it is not meant for this one."""
+    said = [info.key for info in ledger.store.list(f"jobs/{job}/control/")]
+    # In this order: where another was first with the plan, what was said since is meant for that job.
+    if said and not ledger.plans(job):
+        ledger.store.delete_many(said)
 
 
 def _discard(ledger: Ledger, job: str, run: str, parts: Sequence[int]) -> None:

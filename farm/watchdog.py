@@ -27,18 +27,21 @@ class Watchdog:
         self._limits = limits
         self._seen: dict[str, _Seen] = {}
         self._looked_at: float | None = None
+        self._was_late = False
 
     def look(self, reports: Iterable[Report], *, now: float) -> Report | None:
         """Return the report of a lease that is stuck, or None; `now`: monotonic seconds."""
         late = now - self._looked_at if self._looked_at is not None else 0.0
         self._looked_at = now
+        # One look that is late forgives the time; looks that are always late are a machine's pace, and forgive none.
+        forgiven, self._was_late = late > LATE_S and not self._was_late, late > LATE_S
         seen: dict[str, _Seen] = {}
         reports = tuple(reports)
         for report in reports:
             before = self._seen.get(report.token)
             if before is None or (before.stage, before.ticks) != (report.stage, report.ticks):
                 before = _Seen(report.stage, report.ticks, now)
-            elif late > LATE_S:
+            elif forgiven:
                 before.since += late
             seen[report.token] = before
         self._seen = seen

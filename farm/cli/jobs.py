@@ -13,7 +13,7 @@ from farm.cli.options import Options, command
 from farm.cli.summary import gpu_time, places, show_failures, totals_record
 from farm.cli.terminal import note, print_error, print_json, print_table, say
 from farm.cli.wording import age, count, duration, gpu_hours, printable, size
-from farm.errors import RecordError
+from farm.errors import RecordError, UnknownJobError
 
 if TYPE_CHECKING:
     from farm.ledger import Ledger
@@ -72,9 +72,11 @@ def _all_jobs(ledger: "Ledger", damaged: list[Damaged]) -> list["JobStatus"]:
     from farm.prefetch import in_order
     from farm.status import job_status
 
-    def look(name: str) -> "JobStatus | Damaged":
+    def look(name: str) -> "JobStatus | Damaged | None":
         try:
             return job_status(ledger, name)
+        except UnknownJobError:
+            return None  # a submission that has not come to its plan yet, or never did
         except RecordError as error:
             return Damaged(name, error)
 
@@ -82,7 +84,7 @@ def _all_jobs(ledger: "Ledger", damaged: list[Damaged]) -> list["JobStatus"]:
     for one in in_order(look, ledger.jobs(), threads=8):
         if isinstance(one, Damaged):
             damaged.append(one)
-        else:
+        elif one is not None:
             jobs.append(one)
     return sorted(jobs, key=lambda one: one.created_at, reverse=True)
 

@@ -4,6 +4,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -130,7 +131,8 @@ def _follow(
 
     here = True
     try:
-        with spinner("starting the farm"):
+        # Ray prints what happens to its processes to stdout, which is for our answer alone.
+        with spinner("starting the farm"), redirect_stdout(sys.stderr):
             farm = open_farm(settings, renderers=settings.renderers, give_up=partial(_give_up, options, again))
         with farm:
             take_signals()
@@ -138,14 +140,15 @@ def _follow(
             if settings.renderers and not here:
                 note("note: a farm that runs already renders this; --renderers and FARM_RENDERERS do not change it")
             while True:
-                farm.submit(job)
-                with progress_line(job, quiet=options.json) as line:
+                with progress_line(job, quiet=options.json) as line, redirect_stdout(sys.stderr):
+                    farm.submit(job)
                     last = follow(lambda: farm.progress(job), line=line)
                 if last.state == "pilot":
                     last = replace(last, state=others())
                 if last.state != "open":
                     break
-            _stay(farm, job)
+            with redirect_stdout(sys.stderr):
+                _stay(farm, job)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{job} is not done; go on with it: {again}" if here else _goes_on(job)) from None
     except FarmError as error:

@@ -27,7 +27,12 @@ class Farm:
         self.now = 0.0
         self.living = {(10, 100), (20, 200)} if living is None else living
         self.claims = Claims(
-            store, me, enforced=True, clock=lambda: self.now, lives=lambda pid, started: (pid, started) in self.living
+            store,
+            me,
+            enforced=True,
+            clock=lambda: self.now,
+            lives=lambda pid, started: (pid, started) in self.living,
+            first=lambda: 0,
         )
 
     def hold(self, *, after: float = 0.0) -> Hold:
@@ -194,3 +199,13 @@ def test_a_process_is_known_by_its_start_and_a_zombie_is_dead():
 
 def test_without_a_process_a_claim_names_none():
     assert (claim_of("one").pid, claim_of("one").started) == (0, 0)
+
+
+def test_a_claim_that_was_let_go_and_made_again_never_looks_like_the_one_before(store):
+    one = Claims(store, claim("one"), enforced=True)
+    versions = []
+    for _ in range(3):
+        one.hold("job")
+        versions.append(store.get("claims/job"))
+        one.release("job")
+    assert len(set(versions)) == 3

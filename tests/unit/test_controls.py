@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from farm import controls
 from farm.controls import Said, approve, cancel, change, parse_indexes, pause, resume, retry
 from farm.errors import ControlError, UnknownJobError
-from farm.ledger import Ledger
+from farm.ledger import Indexes, Ledger
 from farm.limits import Changes
+from farm.passes import Everything
 from farm.plan import Plan
+from farm.removal import delete_job
 from tests.unit.finished_jobs import commit_shard, make_ledger, make_plan, render_pass
 
 AT = "2026-11-21T10:00:00+00:00"
@@ -82,6 +85,71 @@ def test_unknown_and_deleted_jobs_are_refused(tmp_path: Path, say: Callable[...,
     with pytest.raises(ControlError, match="shapes is being deleted; run farm delete shapes again, which ends it"):
         say(ledger, "shapes", **WHO)
     assert list(ledger.store.list("jobs/shapes/control/")) == []
+
+
+@pytest.mark.parametrize("when", ["before it is written", "after it is written"])
+@pytest.mark.parametrize("then", ["is gone", "is being deleted", "was made anew", "was made anew and spoken to"])
+@pytest.mark.parametrize("say", [pause, resume, cancel, retry, lambda *a, **k: change(*a, Changes(priority=3), **k)])
+def test_a_word_that_comes_too_late_for_a_deletion_holds_for_no_later_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Callable[..., Any], then: str, when: str
+) -> None:
+    ledger, _ = job(tmp_path)
+    if say in (resume, retry):
+        pause(ledger, "shapes", **WHO)
+    create, other = ledger.store.create, make_ledger(tmp_path)
+
+    def delete() -> None:
+        delete_job(other, "shapes", at=AT, by="bob")
+        if then == "is being deleted":
+            other.store.put("deleted/shapes", b"")
+        if "anew" in then:
+            other.create_plan(make_plan(run="99999999"), 1)
+        if "spoken to" in then:
+            other.append_control("shapes", "pause", at=AT, by="bob")
+
+    def overtaken(key: str, data: bytes, **options: str) -> bool:
+        monkeypatch.setattr(ledger.store, "create", create)
+        if when == "before it is written":
+            delete()
+        created = create(key, data, **options)
+        if when == "after it is written":
+            delete()
+        return created
+
+    monkeypatch.setattr(ledger.store, "create", overtaken)
+    with pytest.raises(
+        ControlError, match=r"shapes was deleted meanwhile, so [a-z]+ was taken back; see farm status, and say"
+    ):
+        say(ledger, "shapes", **WHO)
+    left = [info.key for info in other.store.list("jobs/shapes/control/")]
+    assert left == (["jobs/shapes/control/000001.json"] if "spoken to" in then else [])
+    assert [control.by for control in other.controls("shapes")] == ["bob"] * len(left)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_word_is_taken_back_and_never_anothers_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: bool
+) -> None:
+    ledger, _ = job(tmp_path)
+    create, get, other = ledger.store.create, ledger.store.get, make_ledger(tmp_path)
+
+    def deleted_meanwhile(key: str) -> bytes:
+        if "/plans/" in key:
+            monkeypatch.setattr(ledger.store, "get", get)
+            delete_job(other, "shapes", at=AT, by="bob")
+            if anew:
+                other.create_plan(make_plan(run="99999999"), 1)
+                other.append_control("shapes", "pause", at=AT, by="bob")
+        return get(key)
+
+    def created(key: str, data: bytes, **options: str) -> bool:
+        monkeypatch.setattr(ledger.store, "get", deleted_meanwhile)
+        return create(key, data, **options)
+
+    monkeypatch.setattr(ledger.store, "create", created)
+    with pytest.raises(ControlError, match="shapes was deleted meanwhile, so cancel was taken back"):
+        cancel(ledger, "shapes", **WHO)
+    assert [(control.action, control.by) for control in other.controls("shapes")] == [("pause", "bob")] * anew
 
 
 def test_approve_lets_the_others_follow(tmp_path: Path) -> None:
@@ -176,7 +244,7 @@ def test_retry_opens_a_pass_over_what_failed(tmp_path: Path) -> None:
     found = retry(ledger, "shapes", **WHO)
     assert (found.opened, found.unfinished, found.resumed) == (2, False, False)
     assert found.message == "2 failed images of shapes will be rendered again"
-    assert ledger.pass_indexes(plan, 2).tolist() == [3, 7]
+    assert ledger.selection(plan, 2).indexes.tolist() == [3, 7]
     assert ledger.open_jobs() == ["shapes"]
     waiting = retry(ledger, "shapes", **WHO)
     assert (waiting.opened, waiting.unfinished) == (0, True)
@@ -188,15 +256,15 @@ def test_retry_of_a_list_of_all_and_of_damaged_images(tmp_path: Path) -> None:
     ledger, plan = job(tmp_path, done=True, failed=(3,))
     found = retry(ledger, "shapes", which=parse_indexes("8, 0-2,1"), **WHO)
     assert (found.opened, found.message) == (4, "4 images of shapes will be rendered again")
-    assert ledger.pass_indexes(plan, 2).tolist() == [0, 1, 2, 8]
+    assert ledger.selection(plan, 2).indexes.tolist() == [0, 1, 2, 8]
     render_pass(ledger, plan, 2)
     row = next(row for row in ledger.rows(plan) if row.index == 5)
     ledger.store.delete(row.object)
     assert retry(ledger, "shapes", damaged=True, **WHO).opened == 2
-    assert ledger.pass_indexes(plan, 3).tolist() == [3, 5]
+    assert ledger.selection(plan, 3).indexes.tolist() == [3, 5]
     render_pass(ledger, plan, 3)
     assert retry(ledger, "shapes", which="all", **WHO).message == "10 images of shapes will be rendered again"
-    assert (ledger.pass_indexes(plan, 4), ledger.pass_images(plan, 4)) == (None, 10)
+    assert ledger.selection(plan, 4) == Everything(10)
 
 
 def test_nothing_failed_and_nothing_is_opened(tmp_path: Path) -> None:
@@ -258,6 +326,49 @@ def test_retry_resumes_what_was_held_back(tmp_path: Path) -> None:
     assert actions(ledger) == ["cancel", "resume"]
 
 
+@pytest.mark.parametrize("before", ["open", "paused"])
+def test_retry_resumes_what_is_held_back_once_the_passes_are_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    ledger, _ = job(tmp_path, done=True, failed=(3,))
+    first, then = ("cancel", "resume") if before == "paused" else ("resume", "pause")
+    ledger.append_control("shapes", first, **WHO)
+
+    def damaged(ledger: Ledger, plan: Plan) -> Indexes:
+        ledger.append_control("shapes", then, at=AT, by="bob")
+        return np.array([5])
+
+    monkeypatch.setattr(controls, "damaged_images", damaged)
+    found = retry(ledger, "shapes", damaged=True, **WHO)
+    assert (found.opened, found.resumed) == (2, before == "open")
+    assert actions(ledger) == [first, then] + ["resume"] * (before == "open")
+
+
+def test_a_retry_that_is_refused_names_the_passes_it_opened_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, plan = job(tmp_path, done=True, failed=(3,))
+    second = make_plan(run="99999999")
+    ledger.create_plan(second, 2)
+    render_pass(ledger, second, 1, failed=(4, 5))
+    real = ledger.open_pass
+
+    def late(plan: Plan, number: int, indexes: Any) -> bool:
+        if plan.run == second.run:
+            real(plan, number, np.array([4]))
+        return real(plan, number, indexes)
+
+    monkeypatch.setattr(ledger, "open_pass", late)
+    with pytest.raises(ControlError) as caught:
+        retry(ledger, "shapes", **WHO)
+    assert caught.value.message == (
+        "pass 2 of shapes was just opened by somebody else; look at it: farm status shapes. What was opened before stays "
+        "open: pass 2 of run 0a1b2c3d, 1 image"
+    )
+    assert ledger.selection(plan, 2).indexes.tolist() == [3]
+    assert ledger.open_jobs() == ["shapes"]
+
+
 def test_a_pass_that_another_opened_meanwhile_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger, plan = job(tmp_path, done=True, failed=(3,))
     real = ledger.open_pass
@@ -267,9 +378,10 @@ def test_a_pass_that_another_opened_meanwhile_is_said(tmp_path: Path, monkeypatc
         return real(plan, number, indexes)
 
     monkeypatch.setattr(ledger, "open_pass", late)
-    with pytest.raises(ControlError, match="pass 2 of shapes was just opened by somebody else"):
+    with pytest.raises(ControlError) as caught:
         retry(ledger, "shapes", **WHO)
-    assert ledger.pass_indexes(plan, 2).tolist() == [3]
+    assert caught.value.message == ("pass 2 of shapes was just opened by somebody else; look at it: farm status shapes")
+    assert ledger.selection(plan, 2).indexes.tolist() == [3]
 
 
 def test_indexes_are_read_as_people_write_them() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from farm.claims import CLAIM_S, Claim, Claims
 from farm.desk import GREETING_S, TICK_S, Desk
-from farm.errors import FarmUnavailableError, RecordError, RendererDiedError, StoreUnavailableError
+from farm.errors import FarmUnavailableError, RecordError, RendererDiedError, StoreDeniedError, StoreUnavailableError
 from farm.jobwatch import CONTROLS_S, ELSEWHERE_S, LISTINGS_PER_S, OPEN_S
 from farm.lease import LEASE_S, POLL_S, Ask, Beat, Completion, GiveBack, Hello, Lease, Reply, Report, beat_s
 from farm.ledger import Ledger
@@ -54,7 +54,8 @@ class Processes:
 
     def retire(self, renderer: str) -> None:
         self.told.append(("retire", renderer))
-        self._ends[renderer].set_result(None)
+        if renderer in self._ends:
+            self._ends[renderer].set_result(None)
 
     def end(self, renderer: str) -> None:
         self.told.append(("end", renderer))
@@ -550,3 +551,62 @@ async def test_a_finished_job_that_is_asked_for_is_done_and_never_claimed(ledger
     await desk.submit("shapes")
     assert await state(desk) == "done"
     assert ledger.store.head("claims/shapes") is None
+
+
+@on_virtual_time
+async def test_a_job_whose_read_was_refused_once_is_read_again_and_goes_on(ledger, monkeypatch):
+    plan = submitted(ledger)
+    desk = make_desk(ledger, Processes())
+    await desk.submit("shapes")
+    a = Hand(desk, "a")
+    await a.meet()
+    real, refusals = Ledger.plans, [StoreDeniedError("token expired")]
+
+    def plans(self, job):
+        if refusals:
+            raise refusals.pop()
+        return real(self, job)
+
+    monkeypatch.setattr(Ledger, "plans", plans)
+    last = None
+    for _ in range(3):
+        await a.finish(plan, await a.need())
+    await asyncio.sleep(3 * ELSEWHERE_S)
+    last = await a.need()
+    assert last.task == "finalise"
+    refusals.append(StoreDeniedError("token expired"))
+    await a.finish(plan, last)
+    await asyncio.sleep(3 * ELSEWHERE_S)
+    progress, _ = await desk.progress("shapes")
+    assert progress.state == "done"
+
+
+@on_virtual_time
+async def test_after_stop_nothing_is_started_or_claimed_again(ledger):
+    submitted(ledger)
+    processes = Processes()
+    desk = make_desk(ledger, processes)
+    await desk.submit("shapes")
+    await settle()
+    stopping = asyncio.create_task(desk.stop())
+    await stopping
+    before = list(processes.told)
+    await asyncio.sleep(60)
+    assert processes.told == before
+    assert ledger.store.head("claims/shapes") is None
+    other = make_desk(ledger, Processes("a"), farm="two")
+    await other.stop()
+    assert ("retire", "a") in other._pool.told
+    with pytest.raises(FarmUnavailableError, match="is being stopped"):
+        await other.progress("shapes")
+
+
+@on_virtual_time
+async def test_many_who_ask_for_a_job_wait_for_one_read(ledger, monkeypatch):
+    submitted(ledger)
+    desk = make_desk(ledger, Processes())
+    reads = []
+    real = Ledger.plans
+    monkeypatch.setattr(Ledger, "plans", lambda self, job: reads.append(job) or real(self, job))
+    await asyncio.gather(*(desk.submit("shapes") for _ in range(100)))
+    assert len(reads) < 20

@@ -477,3 +477,53 @@ def test_what_waits_behind_a_shard_that_was_dropped_and_hangs_on_is_asked_back()
         bench.beat("b")
         bench.tick()
     assert bench.revoked[0] == ("a", behind.token)
+
+
+def test_what_is_said_stops_a_job_before_it_is_read_again():
+    bench = Bench(entry())
+    bench.meet("a")
+    lease = bench.need("a")
+    bench.dispatch.said("job", "cancelled", now=0)
+    bench.perform()
+    assert bench.dropped == [("a", lease.token)]
+    assert (bench.ask("a"), bench.state()) == (None, "cancelled")
+    bench.dispatch.said("nobody", "cancelled", now=0)
+
+
+def test_a_view_that_was_read_before_the_claim_lets_nothing_be_leased():
+    bench = Bench(entry(), claims=True)
+    bench.meet("a")
+    bench.dispatch.claimed("job", True, now=0)
+    bench.dispatch.take_up(view(entry()), again_soon=True, now=0)
+    assert bench.ask("a") is None
+    bench.dispatch.take_up(view(entry(done=np.array([True, False, True]))), now=0)
+    assert bench.need("a").shard == 1
+
+
+def test_a_job_made_anew_under_a_known_name_begins_with_its_own_budget():
+    bench = Bench(view(entry(images=8), max_images=8))
+    bench.meet("a")
+    for _ in range(2):
+        bench.complete("a", bench.need("a"))
+    bench.take_up(view(entry(run="other-run", images=8), max_images=8))
+    assert bench.need("a").run == "other-run"
+
+
+def test_a_lease_that_waits_behind_one_that_gets_on_is_not_stuck():
+    bench = Bench(entry(images=8))
+    bench.meet("a")
+    busy, behind = bench.need("a"), bench.need("a")
+    for second in range(0, 8000, 4):
+        bench.now = float(second)
+        bench.beat("a", Report(busy.token, "denoise", second // 400, 0.1), Report(behind.token, "waiting", 0, 0.0))
+        bench.tick()
+    assert bench.ended == []
+
+
+def test_a_dispatcher_whose_ticks_are_always_late_notices_silence_all_the_same():
+    bench = Bench(entry())
+    bench.meet("a")
+    for _ in range(12):
+        bench.now += 6.0
+        bench.tick()
+    assert bench.ended == [("a", "silent")]

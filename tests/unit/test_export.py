@@ -213,7 +213,7 @@ def test_a_pilots_pass_covers_the_pilots_images_and_the_next_one_all(tmp_path: P
         commit_shard(ledger, plan, shard, failed={0})
     totals = finalise(ledger, plan, 1)
     shown = read_dataset(ledger, plan)["index"].to_pylist()
-    assert shown == ledger.pass_indexes(plan, 1).tolist()
+    assert shown == ledger.selection(plan, 1).indexes.tolist()
     assert (totals.images, totals.ok, totals.failed) == (7, len(shown) - (0 in shown), int(0 in shown))
     assert ledger.totals(plan) == totals
     assert not ledger.finished(plan)
@@ -244,7 +244,7 @@ def test_the_sheet_of_a_large_pilot_is_spread_over_the_pilots_images(
 
     monkeypatch.setattr(export, "draw_sheet", draw_sheet)
     finalise(ledger, plan, 1)
-    pilot = ledger.pass_indexes(plan, 1).tolist()
+    pilot = ledger.selection(plan, 1).indexes.tolist()
     assert len(drawn[0]) == 48
     assert set(drawn[0]) <= set(pilot)
     assert drawn[0][-1] in pilot[-3:]

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from farm.errors import ControlError, NewerVersionError, ObjectMissingError, RecordError, UnknownJobError
 from farm.ledger import Ledger
+from farm.passes import Everything, Others
 from farm.plan import Plan
 from farm.receipt import ImageRow, Receipt
-from farm.records import Profile, Totals
+from farm.records import Control, Profile, Totals
 from farm.status import images_done
 from farm.storage.local import LocalStore
 from tests.unit.finished_jobs import make_plan
+from tests.unit.storage.test_contract import Unconditional
 
 PLAN = make_plan(rows=5, seeds=2, shard_images=4)
 ROOT = f"jobs/{PLAN.job}/{PLAN.run}"
@@ -189,6 +191,47 @@ def test_controls_from_many_at_once_are_all_kept_in_order(ledger: Ledger) -> Non
     assert [control.by for control in controls] == [f"person {numbers.index(seq)}" for seq in range(1, 9)]
 
 
+class Together(Unconditional):
+    """Ignores the condition on a put: two that create one of `keys` have both looked before either writes, and write both
+    before either reads back."""
+
+    def __init__(self, folder: Path, keys: Collection[str] = ()):
+        super().__init__(folder)
+        self.keys = keys
+        self.barrier = threading.Barrier(2, timeout=20)
+
+    def create(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> bool:
+        if self.head(key) is not None:
+            return False
+        if key in self.keys:
+            self.barrier.wait()
+        self.put(key, data)
+        if key in self.keys:
+            self.barrier.wait()
+        return True
+
+
+def test_without_conditional_puts_two_words_of_one_moment_are_both_kept(tmp_path: Path) -> None:
+    ledger = Ledger(Together(tmp_path, {"jobs/shapes/control/000001.json"}))
+
+    def say(who: str) -> Control:
+        return ledger.append_control("shapes", "pause", at="2026-11-21T10:00:00+00:00", by=who)
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(say, ("alice", "bob")))
+    assert sorted(said, key=lambda control: control.seq) == ledger.controls("shapes")
+    assert [control.seq for control in ledger.controls("shapes")] == [1, 2]
+
+
+def test_without_conditional_puts_of_two_lists_for_one_pass_the_one_that_stands_is_opened(tmp_path: Path) -> None:
+    ledger = Ledger(Together(tmp_path, {f"{ROOT}/passes/0002.npy"}))
+    ledger.put_totals(PLAN, 1, TOTALS)
+    with ThreadPoolExecutor(2) as pool:
+        opened = list(pool.map(lambda image: ledger.open_pass(PLAN, 2, np.array([image])), (0, 1)))
+    assert sorted(opened) == [False, True]
+    assert ledger.selection(PLAN, 2).indexes.tolist() == [opened.index(True)]
+
+
 def test_a_receipt_is_committed_once(ledger: Ledger) -> None:
     first = receipt(ledger, 1)
     assert ledger.commit(PLAN, first) is True
@@ -296,7 +339,7 @@ def test_receipts_come_in_shard_order(ledger: Ledger) -> None:
 
 def test_a_pass_opens_only_when_the_one_before_is_closed(ledger: Ledger) -> None:
     assert ledger.passes(PLAN) == 1
-    assert ledger.pass_indexes(PLAN, 1) is None
+    assert ledger.selection(PLAN, 1) == Everything(10)
     with pytest.raises(ControlError, match="pass 2 of job shapes cannot open while pass 1 is unfinished"):
         ledger.open_pass(PLAN, 2, np.array([1]))
     ledger.put_totals(PLAN, 1, TOTALS)
@@ -304,9 +347,7 @@ def test_a_pass_opens_only_when_the_one_before_is_closed(ledger: Ledger) -> None
         ledger.open_pass(PLAN, 3, np.array([1]))
     assert ledger.open_pass(PLAN, 2, np.array([1, 4])) is True
     assert ledger.open_pass(PLAN, 2, np.array([5])) is False
-    indexes = ledger.pass_indexes(PLAN, 2)
-    assert indexes is not None
-    assert indexes.tolist() == [1, 4]
+    assert ledger.selection(PLAN, 2).indexes.tolist() == [1, 4]
     assert ledger.passes(PLAN) == 2
     with pytest.raises(ControlError, match="while pass 2 is unfinished"):
         ledger.open_pass(PLAN, 3, np.array([1]))
@@ -325,7 +366,7 @@ def test_a_pass_that_does_not_parse_is_said(ledger: Ledger, store: CountingStore
     for broken in (b"", b"garbage", b"\x93NUMPY\x01\x00", pickle.dumps([1, 2])):
         store.put(key, broken)
         with pytest.raises(RecordError, match=r"0002.npy: not a list of image indexes"):
-            ledger.pass_indexes(PLAN, 2)
+            ledger.selection(PLAN, 2)
 
 
 def test_totals_are_those_of_the_latest_pass(ledger: Ledger, store: CountingStore) -> None:
@@ -375,9 +416,7 @@ PILOT = make_plan(rows=5, seeds=2, shard_images=4, pilot=3, pilot_shard_images=2
 
 
 def test_a_pilot_is_rendered_first_and_the_others_once_it_is_approved(ledger: Ledger, store: CountingStore) -> None:
-    pilot = ledger.pass_indexes(PILOT, 1)
-    assert pilot is not None
-    assert pilot.tolist() == [0, 4, 6]
+    assert ledger.selection(PILOT, 1).indexes.tolist() == [0, 4, 6]
     assert (ledger.pass_images(PILOT, 1), ledger.pass_shards(PILOT, 1), ledger.covered(PILOT, 1)) == (3, 2, 3)
     assert [list(ledger.shard_indexes(PILOT, 1, shard)) for shard in (0, 1)] == [[0, 4], [6]]
     commit_all(ledger, plan=PILOT, failed={4})
@@ -391,7 +430,7 @@ def test_a_pilot_is_rendered_first_and_the_others_once_it_is_approved(ledger: Le
     assert ledger.open_pass(PILOT, 2, None) is True
     assert ledger.open_pass(PILOT, 2, None) is False
     assert np.load(io.BytesIO(store.get(f"{ROOT}/passes/0002.npy"))).tolist() == []
-    assert ledger.pass_indexes(PILOT, 2) is None
+    assert isinstance(ledger.selection(PILOT, 2), Others)
     assert (ledger.pass_images(PILOT, 2), ledger.pass_shards(PILOT, 2), ledger.covered(PILOT, 2)) == (7, 2, 10)
     assert [list(ledger.shard_indexes(PILOT, 2, shard)) for shard in (0, 1)] == [[1, 2, 3, 5], [7, 8, 9]]
     commit_all(ledger, plan=PILOT, pass_number=2, failed={9})
@@ -412,7 +451,7 @@ def test_a_pass_over_every_image_again_builds_no_list(ledger: Ledger, store: Cou
     ledger.put_totals(PLAN, 1, TOTALS)
     assert ledger.open_pass(PLAN, 2, None)
     assert len(store.get(f"{ROOT}/passes/0002.npy")) == 128
-    assert (ledger.pass_indexes(PLAN, 2), ledger.pass_images(PLAN, 2), ledger.pass_shards(PLAN, 2)) == (None, 10, 3)
+    assert (ledger.selection(PLAN, 2), ledger.pass_shards(PLAN, 2)) == (Everything(10), 3)
     assert ledger.commit(PLAN, receipt(ledger, 0, pass_number=2, failed={1}))
     assert ledger.failed_indexes(PLAN).tolist() == [1, 9]
     assert [found.pass_number for found in ledger.rows(PLAN)] == [2] * 4 + [1] * 6

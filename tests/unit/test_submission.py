@@ -23,6 +23,7 @@ from farm.ledger import Ledger, Profile, Totals
 from farm.manifest import load_manifest
 from farm.plan import Plan
 from farm.prompts import PromptReader
+from farm.removal import delete_job
 from farm.settings import Settings
 from farm.storage.local import LocalStore
 from farm.submission import Request, Submission, draft, prepare, submit
@@ -573,6 +574,45 @@ def test_a_delete_while_a_job_is_created_is_told(bench: Bench, monkeypatch: pyte
     monkeypatch.setattr(bench.ledger, "create_plan", deleted_meanwhile)
     with pytest.raises(ControlError, match="job job is being deleted"):
         bench.submit(INLINE)
+
+
+def test_what_was_said_to_a_deleted_job_of_the_name_holds_for_no_new_one(bench: Bench) -> None:
+    bench.ledger.append_control("job", "cancel", at=NOW, by="bob@desk")
+    bench.ledger.append_control("job-2", "cancel", at=NOW, by="bob@desk")
+    assert bench.submit(INLINE).outcome == "created"
+    assert bench.ledger.controls("job") == []
+    assert len(bench.ledger.controls("job-2")) == 1
+
+
+def test_what_was_said_to_the_winner_of_a_race_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = bench.ledger.open
+
+    def overtaken(job: str) -> None:
+        monkeypatch.setattr(bench.ledger, "open", real)
+        assert bench.submit(INLINE).outcome == "created"
+        bench.ledger.append_control("job", "pause", at=NOW, by="bob@desk")
+        real(job)
+
+    monkeypatch.setattr(bench.ledger, "open", overtaken)
+    assert bench.submit(INLINE).outcome == "resumed"
+    assert [control.action for control in bench.ledger.controls("job")] == ["pause"]
+
+
+def test_limits_stated_anew_while_the_job_is_deleted_hold_for_no_later_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.submit(INLINE)
+    real = bench.ledger.store.create
+
+    def deleted_meanwhile(key: str, data: bytes, **options: str) -> bool:
+        monkeypatch.setattr(bench.ledger.store, "create", real)
+        delete_job(bench.ledger, "job", at=NOW, by="bob@desk")
+        return real(key, data, **options)
+
+    monkeypatch.setattr(bench.ledger.store, "create", deleted_meanwhile)
+    with pytest.raises(ControlError, match="job was deleted meanwhile, so change was taken back"):
+        bench.submit(INLINE + "priority: 80\n")
+    assert bench.objects() == []
 
 
 def test_a_pilot_is_cut_for_all_renderers_and_the_others_as_ever(bench: Bench) -> None:

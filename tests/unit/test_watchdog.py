@@ -58,3 +58,9 @@ def test_a_lease_that_ended_is_forgotten():
     assert watch(dog, report(), start=0, seconds=9) is None
     assert dog.look([], now=10) is None
     assert watch(dog, report(), start=11, seconds=9) is None
+
+
+def test_looks_that_are_always_late_forgive_nothing():
+    dog = Watchdog({**STAGE_LIMIT_S, "denoise": 60.0})
+    looks = [dog.look((report(),), now=number * (LATE_S + 1)) for number in range(30)]
+    assert looks[-1] == report()

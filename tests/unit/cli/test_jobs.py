@@ -28,6 +28,16 @@ def test_status_lists_jobs_and_how_they_stand(farm: Place) -> None:
     assert stands["begun"] == ["open", "shapes", "10", "40", "%", "–", "50", "–"]
 
 
+def test_a_submission_that_never_came_to_its_plan_hides_no_job(farm: Place) -> None:
+    make_job(farm.store, job="whole")
+    (farm.store / "jobs" / "ghost" / "1d9da47f" / "prompts").mkdir(parents=True)
+    (farm.store / "jobs" / "ghost" / "1d9da47f" / "prompts" / "part-00000.parquet").write_bytes(b"x")
+    ended = farm("status")
+    assert ended.code == 0
+    assert "whole" in ended.out
+    assert "ghost" not in ended.out
+
+
 def test_a_damaged_job_hides_no_other(farm: Place) -> None:
     make_job(farm.store, job="whole")
     make_job(farm.store, job="broken")

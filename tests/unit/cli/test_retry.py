@@ -1,6 +1,5 @@
 import json
 
-import numpy as np
 import pytest
 
 from tests.unit.cli.conftest import FakeFarm, Place
@@ -13,7 +12,7 @@ def test_retry_renders_the_failed_images_as_a_new_pass(farm: Place, fake_farm: F
     assert ended.code == 0
     assert "2 failed images of shapes will be rendered again" in ended.err
     assert ledger.passes(plan) == 2
-    assert ledger.pass_indexes(plan, 2).tolist() == [3, 7]
+    assert ledger.selection(plan, 2).indexes.tolist() == [3, 7]
     assert ledger.totals(plan).ok == 10
     assert ended.out.startswith("shapes: 10 of 10 images")
 
@@ -49,7 +48,7 @@ def test_retry_of_damaged_images_finds_lost_and_cut_pictures_and_renders_them_ag
     ended = farm("retry", "shapes", "--damaged")
     assert ended.code == 0
     assert "3 images of shapes will be rendered again" in ended.err
-    assert ledger.pass_indexes(plan, 2).tolist() == [3, 5, 8]
+    assert ledger.selection(plan, 2).indexes.tolist() == [3, 5, 8]
     assert farm("verify", "shapes").code == 0
 
 
@@ -66,9 +65,7 @@ def test_retry_of_listed_images(farm: Place, fake_farm: FakeFarm) -> None:
     ledger, plan = make_job(farm.store, failed={3})
     ended = farm("retry", "shapes", "--images", "0, 7-9", "--no-render", "--json")
     assert json.loads(ended.out) == {"job": "shapes", "reopened": 4, "unfinished": False, "resumed": False}
-    indexes = ledger.pass_indexes(plan, 2)
-    assert indexes is not None
-    assert np.array_equal(indexes, [0, 7, 8, 9])
+    assert ledger.selection(plan, 2).indexes.tolist() == [0, 7, 8, 9]
     assert fake_farm.opened == []
 
 
