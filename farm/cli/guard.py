@@ -10,7 +10,8 @@ import signal
 from collections.abc import Callable
 from typing import NoReturn
 
-WATCHED = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD})
+HANDED_ON = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+WATCHED = HANDED_ON | {signal.SIGCHLD}
 LOOK_EVERY_S = 1.0
 PR_SET_PDEATHSIG = 1
 SI_KERNEL = 0x80
@@ -63,7 +64,8 @@ def _wait(child: int) -> int:
         if ended:
             return os.waitstatus_to_exitcode(status)
         came = signal.sigtimedwait(WATCHED, LOOK_EVERY_S)
-        if came is not None and came.si_signo != signal.SIGCHLD and came.si_code != SI_KERNEL:
+        # After this process was stopped and let go on, what is returned may be no signal at all.
+        if came is not None and came.si_signo in HANDED_ON and came.si_code != SI_KERNEL:
             os.kill(child, came.si_signo)
 
 

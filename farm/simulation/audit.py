@@ -7,6 +7,7 @@ is a `Violation`, with what was known.
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from farm.dispatch import PAUSE_S
 from farm.idle import REVOKE_WORTH_S
 from farm.lease import (
     CONFIRM_S,
@@ -265,6 +266,10 @@ class Audit:
         """Once a tick, before the dispatcher's own: nobody waits for work that is there."""
         book, now = self._book[farm.name], self._world.now
         book.wall = wall
+        if book.ticked_at is not None and now - book.ticked_at > PAUSE_S:
+            for live in book.live.values():  # a dispatcher that stood still takes that for nobody's silence
+                live.seen_at = min(live.seen_at + now - book.ticked_at, now)
+        book.ticked_at = now
         slots = {name: one.incarnation for name, one in farm.slots.items() if one is not None}
         waiting = dict.fromkeys(ask.renderer for ask in farm.parked if slots.get(ask.renderer) == ask.incarnation)
         for times in (book.idle_since, book.starved_since):

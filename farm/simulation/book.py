@@ -47,6 +47,7 @@ class Book:
     hellos: dict[str, list[float]] = field(default_factory=dict)
     done_images: dict[str, int] = field(default_factory=dict)
     wall: float | None = None
+    ticked_at: float | None = None
 
 
 def place_of(lease: Lease) -> Place:

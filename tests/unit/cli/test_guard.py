@@ -79,3 +79,17 @@ def test_the_child_dies_with_its_parent():
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def test_a_guard_that_was_stopped_and_goes_on_waits_on():
+    guard = started("print(guarded(lambda: print('ready', flush=True) or time.sleep(3) or 7), flush=True)")
+    assert guard.stdout is not None
+    guard.stdout.readline()
+    for _ in range(3):
+        guard.send_signal(signal.SIGSTOP)
+        time.sleep(0.1)
+        guard.send_signal(signal.SIGCONT)
+    guard.send_signal(signal.SIGSTOP)
+    time.sleep(1.2)
+    guard.send_signal(signal.SIGCONT)
+    assert guard.communicate(timeout=30) == ("7\n", "")
