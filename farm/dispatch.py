@@ -392,7 +392,7 @@ class Dispatch:
     def _grant(self, renderer: Renderer, now: float) -> Lease | None:
         """Give the next piece of work; none to one that seems to hang, and would not come to it."""
         board = self._board
-        if hangs(renderer, now=now):
+        if hangs(renderer):
             return None
         chosen = board.queue.choose(
             renderer.loaded, fits=lambda run: board.fits(renderer, board.runs[run], now), renderers=len(board.renderers)

@@ -47,13 +47,13 @@ def needs_s(held: Held, run: RunState | None, *, now: float) -> float | None:
     return expected if paced is None else paced
 
 
-def hangs(renderer: Renderer, *, now: float) -> bool:
-    """Whether something that a renderer works on makes no progress, so that what it is given besides would wait."""
+def hangs(renderer: Renderer) -> bool:
+    """Whether a renderer reports on something that makes no progress, so that what it is given besides would wait."""
     begun = any(held.has_begun for held in renderer.held.values())
     return any(
         held.report is not None
         and (held.report.stage in ("encode", "denoise", "decode") or (held.report.stage == "waiting" and not begun))
-        and now - held.progressed_at > NO_PROGRESS_S
+        and held.reported_at - held.progressed_at > NO_PROGRESS_S
         for held in renderer.held.values()
     )
 
@@ -66,7 +66,7 @@ def unstarted(renderers: Iterable[Renderer], runs: Mapping[str, RunState], *, no
             continue
         begun = [held for held in renderer.held.values() if held.has_begun]
         ahead = max((needs_s(held, runs.get(held.lease.run), now=now) or 0.0 for held in begun), default=0.0)
-        if not begun and hangs(renderer, now=now):
+        if not begun and hangs(renderer):
             ahead = math.inf  # behind something that was dropped and has not let go of the device
         if ahead > REVOKE_WORTH_S:
             found += [(ahead, held) for held in renderer.held.values() if held.report and not held.has_begun]
