@@ -77,6 +77,24 @@ class ControlError(InputError):
     code = "control"
 
 
+class UnknownRendererError(InputError):
+    """Raised when the farm has no renderer of that name."""
+
+    code = "unknown_renderer"
+
+
+class UnknownImageError(InputError):
+    """Raised when no single image of that id is kept."""
+
+    code = "unknown_image"
+
+
+class RequestError(InputError):
+    """Raised when a request to the endpoint asks for what cannot be, or in words that it does not know."""
+
+    code = "request"
+
+
 class PlanChangedError(InputError):
     """Raised when a job of that name exists and was planned from something else."""
 
@@ -183,6 +201,33 @@ class CancelledError(FarmError):
     """Raised inside a render when somebody asked it to stop; nothing of the unfinished batch is kept."""
 
     code = "cancelled"
+
+
+# The endpoint
+
+
+class UnauthorizedError(FarmError):
+    """Raised when a request has no key, or one that is not known, has expired or was revoked."""
+
+    code = "unauthorized"
+
+
+class ForbiddenError(FarmError):
+    """Raised when a key lacks the scope, or a job or image is somebody else's."""
+
+    code = "forbidden"
+
+
+class LimitedError(FarmError):
+    """Raised when a key has used up what it may for now."""
+
+    code = "limited"
+
+
+class BusyError(FarmError):
+    """Raised when the farm cannot take more urgent images for now."""
+
+    code = "busy"
 
 
 # The live farm

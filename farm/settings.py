@@ -2,14 +2,34 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 from pydantic_settings import SettingsError as UnreadableError
 
 from farm.errors import SettingsError
+
+Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+_HOUR = r"([01][0-9]|2[0-3]):[0-5][0-9]"
+
+
+class Reserve(BaseModel):
+    """Renderers kept for urgent images at some hours. Of several rules that hold at a moment the first one counts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    renderers: int = Field(default=0, ge=0, description="how many take no shards of jobs")
+    warm: tuple[str, ...] = Field(default=(), description="models kept loaded: on those, else on idle ones")
+    hours: str = Field(
+        default="00:00-24:00", pattern=rf"^{_HOUR}-({_HOUR}|24:00)$", description="from-to; may pass midnight"
+    )
+    days: tuple[Weekday, ...] = Field(
+        default=get_args(Weekday), min_length=1, description="days on which `hours` begin"
+    )
+    zone: str = Field(default="UTC", description="time zone of `hours`, as Europe/Berlin")
 
 
 class Settings(BaseSettings):
@@ -43,6 +63,31 @@ class Settings(BaseSettings):
     shares: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         default={}, description="owner -> weight of their share of the GPUs' time; 1 for who is not named"
     )
+    http_host: str = Field(default="127.0.0.1", description="address that the endpoint listens on")
+    http_port: int = Field(default=8000, ge=0, le=65535, description="port of the endpoint")
+    gateways: int = Field(default=1, gt=0, description="replicas of the endpoint's gateway")
+    tls_cert: Path | None = Field(default=None, description="certificate chain, PEM; the endpoint then speaks HTTPS")
+    tls_key: Path | None = Field(default=None, description="private key of tls_cert, PEM")
+    tls_proxy: str | None = Field(
+        default=None, description="address or network of the proxy that ends TLS in front of the endpoint"
+    )
+    public_url: str | None = Field(
+        default=None, description="URL that people reach the endpoint at; what its links begin with"
+    )
+    http_sources: tuple[str, ...] = Field(
+        default=(), description="s3:// prefixes that manifests sent over HTTP may read prompts from"
+    )
+    max_waiting: int = Field(
+        default=512, gt=0, description="urgent images that may wait in the farm; more are refused with 503"
+    )
+    images_days: float = Field(default=30.0, gt=0, description="days that single images of the endpoint are kept")
+    reserve: tuple[Reserve, ...] = Field(
+        default=(), description="renderers kept free for urgent images, and models kept loaded, by time of day"
+    )
+    url: str | None = Field(
+        default=None, description="a farm's endpoint; commands then speak to that, not to the store"
+    )
+    key: SecretStr | None = Field(default=None, description="key for that endpoint")
     runtime_dir: Path = Field(
         default_factory=lambda: Path(f"/tmp/farm-{os.getuid()}"),
         description="where farms of this user on this machine find each other",
@@ -58,6 +103,13 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+_EXAMPLES = {
+    "shares": '\'{"alice": 2, "bob": 1}\'',
+    "http_sources": "'[\"s3://captions/\"]'",
+    "reserve": '\'[{"renderers": 1, "hours": "08:00-18:00"}]\'',
+}
 
 
 def load_settings(**flags: object) -> Settings:
@@ -78,9 +130,11 @@ def load_settings(**flags: object) -> Settings:
             f"setting {name}: {first['msg']}, got {first['input']!r}; mend {variable}, farm.toml or the flag"
         ) from exc
     except UnreadableError as exc:
+        found = re.search(r'field "(\w+)"', str(exc))
+        name = found.group(1) if found else "shares"
+        variable = f"FARM_{name.upper()}"
         raise SettingsError(
-            f"variable FARM_SHARES is no JSON, got {os.environ.get('FARM_SHARES', '')!r}; write it as "
-            """'{"alice": 2, "bob": 1}'"""
+            f"variable {variable} is no JSON, got {os.environ.get(variable, '')!r}; write it as {_EXAMPLES.get(name, '{}')}"
         ) from exc
     except (OSError, ValueError) as exc:
         raise SettingsError(f"farm.toml: {exc}; mend it, or move it away") from exc
