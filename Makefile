@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the farm needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[farm,dev]'
 	@touch $@
 
 demo: install
@@ -27,6 +27,7 @@ check: install
 
 test: install
 	@infra/s3/ceph.sh install || echo 'no S3 server: its tests are skipped, or fail where CI=true'
+	@infra/prometheus/install.sh || echo 'no Prometheus: its tests are skipped, or fail where CI=true'
 	$(BIN)/pytest
 
 bench: install

@@ -4,15 +4,16 @@ A farm started here writes where it listens into the runtime folder, so that a s
 to it. It ends with the process that started it, whatever ends that: Ray's own processes die with their parent.
 """
 
-import hashlib
-import json
 import logging
 import os
 import secrets
-import socket
-import stat
+import shutil
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,15 +23,17 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_enable_metrics_collection", "0")
+os.environ.setdefault("AUTOSCALER_METRIC_PORT", "-1")
+os.environ.setdefault("DASHBOARD_METRIC_PORT", "-1")
 
-# Ray reads these once, at its import. The last two: no stack dump of its own when this process is asked to end; and
-# renderers at the priority of everything else, not below it.
-import psutil
+# Ray reads these once, at its import. No stack dump of its own when this process is asked to end; renderers at the priority
+# of everything else, not below it; and none of Ray's own metrics, whose ports on all interfaces ask for no token.
 import ray
 from filelock import FileLock
 from ray.exceptions import RayError, RayTaskError
 
-from actors.daemons import Daemons
+from actors.daemons import CONTROL_STORE_EVERY_S, CONTROL_STORE_REFUSALS, ControlStore, Daemons
 from actors.dispatcher import DispatcherActor
 from actors.names import DISPATCHER, NAMESPACE
 from farm import __version__
@@ -38,27 +41,30 @@ from farm.devices import cores_each, default_renderers, local_device
 from farm.errors import FarmError, FarmUnavailableError, error_of
 from farm.run import JobProgress
 from farm.settings import Settings
+from farm.whereabouts import absolute, living, note_file, own_whereabouts, read_note, refuse_second, write_note
 
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 * 1024**2
 """Pictures never pass through Ray's object store; this holds calls alone."""
+LOOPBACK = {"_node_ip_address": "127.0.0.2"} if sys.platform == "linux" else {}
+"""Where Ray's HTTP ports listen on a farm of one machine. For 127.0.0.1 Ray puts in the machine's address of its own accord."""
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""A resource that Ray gives to the head node alone, which stays when GPU nodes come and go."""
 ANSWER_S = 10.0
 CALL_TRIES = 3
-CONTROL_STORE_EVERY_S = 2.0
-CONTROL_STORE_REFUSALS = 3
-CLOCK_S = 2.0
-"""How far apart two readings of one process's start may lie: it is counted from the machine's own, which drifts."""
 
 
 class Farm:
     """A handle on the live farm. Leaving the context stops the farm if this process started it."""
 
-    def __init__(self, dispatcher: Any, *, note: Path | None, daemons: Daemons | None = None):
+    def __init__(self, dispatcher: Any, *, note: Path | None, daemons: Daemons | None = None, joined: bool = False):
+        """`note`: where this process left word of the farm that it keeps. `joined`: on a Ray that outlives it."""
         self._dispatcher = dispatcher
         self._note = note
+        self._joined = joined
         self._daemons = daemons or Daemons()
-        self._control_store = _ControlStore(ray.get_runtime_context().gcs_address)
+        self._control_store = ControlStore(ray.get_runtime_context().gcs_address)
 
     @property
     def started_here(self) -> bool:
@@ -73,13 +79,45 @@ class Farm:
     ) -> None:
         try:
             if self.started_here:
-                ray.get(self._dispatcher.stop.remote(), timeout=ANSWER_S)
+                _end(self._dispatcher, kill=self._joined)
         except RayError:
             log.info("the farm was gone before it was stopped")
         finally:
             ray.shutdown()
             if self._note is not None:
                 self._note.unlink(missing_ok=True)
+
+    def announce(self, url: str) -> None:
+        """Leave word of the endpoint, for commands on this machine."""
+        if self._note is not None:
+            address = ray.get_runtime_context().gcs_address
+            found = read_note(self._note) or own_whereabouts("up")
+            write_note(self._note, replace(found, address=address, url=url))
+
+    def check(self) -> None:
+        """Raise FarmUnavailableError once Ray has died below a farm that this process keeps."""
+        self._daemons.check()
+        self._control_store.check()
+
+    @contextmanager
+    def watched(self, give_up: Callable[[FarmUnavailableError], object]) -> Iterator[None]:
+        """Call `give_up`, in a thread, once Ray has died while the block waits for it: such a wait may never end."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(CONTROL_STORE_EVERY_S):
+                try:
+                    self.check()
+                except FarmUnavailableError as error:
+                    if not over.wait(CONTROL_STORE_EVERY_S):
+                        give_up(error)
+                    return
+
+        threading.Thread(target=watch, name="farm-watch", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def submit(self, job: str) -> None:
         """Tell the dispatcher to read a job from the store: after a plan, a pass or a control was written."""
@@ -90,8 +128,7 @@ class Farm:
 
         Raises what stalled it, under its own code, or FarmUnavailableError.
         """
-        self._daemons.check()
-        self._control_store.check()
+        self.check()
         progress, trouble = self._call("progress", job)
         if progress is None:
             self.submit(job)
@@ -135,32 +172,6 @@ class Farm:
         ) from failure
 
 
-class _ControlStore:
-    """Ray's control store. Without it actors go on for a while, and after a minute Ray ends every process, this one too,
-    with no more than a log line of its own: so we look ourselves, and say it in our words before that."""
-
-    def __init__(self, address: str):
-        host, _, port = address.rpartition(":")
-        self._address = (host, int(port))
-        self._looked_at = 0.0
-        self._refused = 0
-
-    def check(self, *, now: bool = False) -> None:
-        """Raise FarmUnavailableError once it has refused several looks in a row; looks now and then, or `now`."""
-        if not now and time.monotonic() - self._looked_at < CONTROL_STORE_EVERY_S:
-            return
-        self._looked_at = time.monotonic()
-        try:
-            socket.create_connection(self._address, timeout=CONTROL_STORE_EVERY_S).close()
-            self._refused = 0
-        except OSError as exc:
-            self._refused += 1
-            if self._refused >= CONTROL_STORE_REFUSALS:
-                raise FarmUnavailableError(
-                    "Ray's control store is gone, and the farm with it; what was stored is safe: run the command again"
-                ) from exc
-
-
 def open_farm(
     settings: Settings,
     *,
@@ -173,10 +184,10 @@ def open_farm(
     `give_up` is called in a thread where Ray dies while it starts and never comes back from that; it should end the process.
     Raises FarmUnavailableError when there is none and `start` is false, or when Ray does not start.
     """
-    try:
+    with _readable():
         if settings.address:
             return _join(settings, renderers, start=start)
-        note = _note(settings)
+        note = note_file(settings)
         with FileLock(note.with_suffix(".lock")):
             farm = _found(settings, note)
             if farm is not None:
@@ -184,6 +195,57 @@ def open_farm(
             if not start:
                 raise FarmUnavailableError(f"no farm runs on this machine for {settings.store}; farm render starts one")
             return _started(settings, note, renderers, give_up)
+
+
+def bring_up(
+    settings: Settings,
+    *,
+    environment: Mapping[str, str],
+    folder: Path,
+    give_up: Callable[[FarmUnavailableError], object] | None = None,
+) -> Farm:
+    """Start the farm that an endpoint stands before, which takes up every unfinished job; on `settings.address` where given.
+
+    `environment`: variables for Ray's processes there. `folder`: what the next start removes should this process be killed.
+    Raises FarmUnavailableError, also where a farm on this store runs already.
+    """
+    note = note_file(settings)
+    with _readable(), FileLock(note.with_suffix(".lock")):
+        _make_way(note, settings)
+        write_note(note, own_whereabouts("up", folder=str(folder)))
+        try:
+            if not settings.address:
+                return _started(settings, note, None, give_up, folder=str(folder), all_open=True)
+            _init(address=settings.address, runtime_env={"env_vars": dict(environment)})
+            farm = _attach(_dispatcher_there(settings, settings.renderers), settings, note=note)
+            farm.announce("")
+            return farm
+        except BaseException:
+            note.unlink(missing_ok=True)
+            raise
+
+
+def take_down(settings: Settings) -> bool:
+    """End the farm on the Ray at `settings.address`, whoever started it; False where there is none. Ray itself stays up."""
+    from ray import serve
+
+    with _readable():
+        _init(address=settings.address)
+        try:
+            serve.shutdown()
+            _end(ray.get_actor(DISPATCHER, NAMESPACE), kill=True)
+        except ValueError:
+            return False
+        finally:
+            ray.shutdown()
+    return True
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turn what Ray raises while it starts into our own words."""
+    try:
+        yield
     except FarmError:
         raise
     except Exception as exc:
@@ -194,17 +256,25 @@ def open_farm(
         ) from exc
 
 
+def _make_way(note: Path, settings: Settings) -> None:
+    """Refuse to start beside a farm on the same store, and clear away what a killed one left."""
+    refuse_second(settings)
+    found = read_note(note)
+    if found is not None and found.folder:
+        shutil.rmtree(found.folder, ignore_errors=True)
+
+
 def _found(settings: Settings, note: Path) -> Farm | None:
     """Attach to the farm that this machine's note names, if it lives."""
-    address = _address(note)
-    if address is None:
+    found = living(note)
+    if found is None or not found.address:
         return None
     try:
-        _init(address=address)
+        _init(address=found.address)
         return _attach(ray.get_actor(DISPATCHER, NAMESPACE), settings)
     except (FarmUnavailableError, RayError, ConnectionError, RuntimeError, ValueError):
         ray.shutdown()
-        if _address(note) is not None:
+        if living(note) is not None:
             raise
         return None
 
@@ -217,9 +287,7 @@ def _join(settings: Settings, renderers: int | None, *, start: bool) -> Farm:
     except ValueError:
         if not start:
             raise FarmUnavailableError(f"no farm runs at {settings.address}; farm render starts one") from None
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    count = renderers or settings.renderers or gpus or 1
-    return Farm(_dispatcher(settings, count, cores=1, gpu=gpus > 0, all_open=True, pid=0), note=None)
+    return Farm(_dispatcher_there(settings, renderers or settings.renderers), note=None)
 
 
 def _started(
@@ -227,6 +295,9 @@ def _started(
     note: Path,
     renderers: int | None,
     give_up: Callable[[FarmUnavailableError], object] | None,
+    *,
+    folder: str = "",
+    all_open: bool = False,
 ) -> Farm:
     """Start Ray and a farm on this machine."""
     device = local_device()
@@ -240,22 +311,35 @@ def _started(
                 num_gpus=len(device.gpus),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
+                **LOOPBACK,
             )
             cores, gpu = cores_each(device, count), bool(device.gpus)
-            dispatcher = _dispatcher(settings, count, cores=cores, gpu=gpu, all_open=False, pid=os.getpid())
-        _write_note(note)
+            dispatcher = _dispatcher(settings, count, cores=cores, gpu=gpu, all_open=all_open, pid=os.getpid())
+        address = ray.get_runtime_context().gcs_address
+        write_note(note, own_whereabouts("up" if all_open else "render", address=address, folder=folder))
     except BaseException:
         ray.shutdown()
         raise
     return Farm(dispatcher, note=note, daemons=daemons)
 
 
+def _dispatcher_there(settings: Settings, renderers: int | None) -> Any:
+    """The dispatcher on a cluster that somebody else keeps up; it outlives this process.
+
+    Where the cluster offers neither GPUs nor CPUs yet, renderers wait for GPU nodes to come.
+    """
+    found = ray.cluster_resources()
+    gpus = int(found.get("GPU", 0))
+    on_gpus = gpus > 0 or not found.get("CPU")
+    return _dispatcher(settings, renderers or gpus or 1, cores=1, gpu=on_gpus, all_open=True, pid=0)
+
+
 def _dispatcher(settings: Settings, renderers: int, *, cores: int, gpu: bool, all_open: bool, pid: int) -> Any:
     """The dispatcher of a new farm, which ends with the process `pid` where that is not 0."""
     return DispatcherActor.options(  # type: ignore[attr-defined]
-        name=DISPATCHER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
+        name=DISPATCHER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, resources=ON_HEAD
     ).remote(
-        settings.model_copy(update={"store": _absolute(settings.store)}),
+        settings.model_copy(update={"store": absolute(settings.store)}),
         renderers,
         cores=cores,
         gpu=gpu,
@@ -265,62 +349,27 @@ def _dispatcher(settings: Settings, renderers: int, *, cores: int, gpu: bool, al
     )
 
 
-def _attach(dispatcher: Any, settings: Settings) -> Farm:
-    farm = Farm(dispatcher, note=None)
+def _attach(dispatcher: Any, settings: Settings, *, note: Path | None = None) -> Farm:
+    farm = Farm(dispatcher, note=note, joined=note is not None)
     store, version = farm.about()
-    if (store, version) != (_absolute(settings.store), __version__):
+    if (store, version) != (absolute(settings.store), __version__):
         ray.shutdown()
         raise FarmUnavailableError(
-            f"the farm that runs serves {store} with version {version}, this command asks for {_absolute(settings.store)} "
+            f"the farm that runs serves {store} with version {version}, this command asks for {absolute(settings.store)} "
             f"with version {__version__}; set FARM_STORE and install the same version, or stop that farm first"
         )
     return farm
 
 
+def _end(dispatcher: Any, *, kill: bool) -> None:
+    """End the renderers, each within a denoising step, and where asked the dispatcher, which else comes back."""
+    ray.get(dispatcher.stop.remote(), timeout=ANSWER_S)
+    if kill:
+        ray.kill(dispatcher, no_restart=True)
+
+
 def _init(**options: Any) -> None:
     ray.init(namespace=NAMESPACE, log_to_driver=False, configure_logging=False, **options)
-
-
-def _absolute(store: str) -> str:
-    return store if "://" in store else str(Path(store).resolve())
-
-
-def _note(settings: Settings) -> Path:
-    """Where a farm on this store leaves word of itself; makes the folder, which must be this user's own."""
-    folder = settings.runtime_dir
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except OSError as exc:
-        raise FarmUnavailableError(f"{folder}: {exc.strerror}; set FARM_RUNTIME_DIR to a folder of yours") from exc
-    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
-        raise FarmUnavailableError(
-            f"{folder} is open to other users, who could mislead this farm; set FARM_RUNTIME_DIR to a folder of yours"
-        )
-    return folder / f"{hashlib.sha256(_absolute(settings.store).encode()).hexdigest()[:16]}.json"
-
-
-def _write_note(note: Path) -> None:
-    process = psutil.Process()
-    address = ray.get_runtime_context().gcs_address
-    record = json.dumps({"address": address, "pid": process.pid, "started": process.create_time()})
-    try:
-        note.write_text(record)
-    except OSError as exc:
-        raise FarmUnavailableError(f"{note}: {exc.strerror}; set FARM_RUNTIME_DIR to a folder of yours") from exc
-
-
-def _address(note: Path) -> str | None:
-    """The address in a note of ours whose writer still lives."""
-    try:
-        if note.stat().st_uid != os.getuid():
-            return None
-        record = json.loads(note.read_text())
-        writer = psutil.Process(record["pid"])
-        alive = writer.status() != psutil.STATUS_ZOMBIE and abs(writer.create_time() - record["started"]) < CLOCK_S
-        return str(record["address"]) if alive else None
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
-        return None
 
 
 def _write_token() -> None:

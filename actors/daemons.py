@@ -4,7 +4,9 @@ Should one die while this process is inside Ray's start, Ray neither returns nor
 process with a line of its own. Later its calls wait for as long. So we look ourselves, and speak first.
 """
 
+import socket
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -17,6 +19,8 @@ LOOK_EVERY_S = 0.2
 OWN_WORDS_S = 3.0
 """How long Ray's start has to raise by itself once a daemon has died."""
 NAMES = ("gcs_server", "raylet")
+CONTROL_STORE_EVERY_S = 2.0
+CONTROL_STORE_REFUSALS = 3
 
 
 class Daemons:
@@ -62,6 +66,32 @@ class Daemons:
                 if not self._over.wait(OWN_WORDS_S):
                     give_up(error)
                 return
+
+
+class ControlStore:
+    """Ray's control store. Without it actors go on for a while, and after a minute Ray ends every process, this one too,
+    with no more than a log line of its own: so we look ourselves, and say it in our words before that."""
+
+    def __init__(self, address: str):
+        host, _, port = address.rpartition(":")
+        self._address = (host, int(port))
+        self._looked_at = 0.0
+        self._refused = 0
+
+    def check(self, *, now: bool = False) -> None:
+        """Raise FarmUnavailableError once it has refused several looks in a row; looks now and then, or `now`."""
+        if not now and time.monotonic() - self._looked_at < CONTROL_STORE_EVERY_S:
+            return
+        self._looked_at = time.monotonic()
+        try:
+            socket.create_connection(self._address, timeout=CONTROL_STORE_EVERY_S).close()
+            self._refused = 0
+        except OSError as exc:
+            self._refused += 1
+            if self._refused >= CONTROL_STORE_REFUSALS:
+                raise FarmUnavailableError(
+                    "Ray's control store is gone, and the farm with it; what was stored is safe: run the command again"
+                ) from exc
 
 
 def _name(process: psutil.Process) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -14,9 +14,11 @@ from farm.claims import Claims, claim_of
 from farm.desk import Desk
 from farm.lease import Ask, Beat, Completion, GiveBack, Hello, Renewal, Reply
 from farm.ledger import Ledger
+from farm.portion import Allowance, Entry, Placing, PoolView, Refusal
 from farm.run import JobProgress
 from farm.settings import Settings
 from farm.storage.opening import open_store
+from farm.tally import Snapshot
 
 T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -25,6 +27,8 @@ RENEWALS = 10_000
 POLLS = 20_000
 """Parked questions, one a renderer; more than one only until a dead caller's is forgotten."""
 CONTROLS = 1_000
+URGENT = 10_000
+"""Questions of gateways, each answered at once."""
 
 
 def _in(group: str) -> Callable[[Method], Method]:
@@ -38,14 +42,15 @@ def _in(group: str) -> Callable[[Method], Method]:
     max_task_retries=-1,
     num_cpus=0,
     max_concurrency=RENEWALS,
-    concurrency_groups={"polls": POLLS, "control": CONTROLS},
+    concurrency_groups={"polls": POLLS, "control": CONTROLS, "urgent": URGENT},
 )
 class DispatcherActor:
     """Hands out leases and keeps the renderers.
 
     Restarts under its name; every method may be repeated. With `all_open` it takes up every unfinished job of the store
     by itself, else those that it is told of: whoever follows a job tells it again after a restart. What it acknowledged
-    about a job is in the store; leases, speeds and blame are forgotten by a crash, which costs time alone.
+    about a job is in the store; leases, speeds and blame are forgotten by a crash, which costs time alone. So are the seats
+    of urgent images, which are drawn all the same; of the day's quotas, what was used in the last seconds.
 
     Ray bounds the calls of each concurrency group by itself, so that polls never use up what a cancel needs, and runs
     each group on a thread and an event loop of its own. All state belongs to the loop of the default group, where
@@ -72,6 +77,8 @@ class DispatcherActor:
             free="GPU" if gpu else "CPU",
             all_open=all_open,
             shares=settings.shares,
+            max_waiting=settings.max_waiting,
+            reserve=settings.reserve,
         )
 
     async def _at_home(self, call: Coroutine[Any, Any, T]) -> T:
@@ -102,6 +109,41 @@ class DispatcherActor:
         """End every renderer, each within a denoising step, and this actor's own work."""
         await self._at_home(self._desk.stop())
 
+    @_in("urgent")
+    async def enter(self, entry: Entry) -> Placing:
+        """Give seats for urgent images, or refuse."""
+        return await self._at_home(self._desk.enter(entry))
+
+    @_in("urgent")
+    async def leave(self, token: str, seconds: float) -> None:
+        """Take back a seat."""
+        await self._at_home(self._desk.leave(token, seconds=seconds))
+
+    @_in("urgent")
+    async def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot) -> None:
+        """Take in a gateway's sign of life."""
+        await self._at_home(self._desk.hold(gateway, tokens, snapshot))
+
+    @_in("urgent")
+    async def charge(self, key: str, allowance: Allowance, images: int) -> Refusal | None:
+        """Count a job's images for a key's day; repeated, it counts them again."""
+        return await self._at_home(self._desk.charge(key, allowance, images))
+
+    @_in("urgent")
+    async def pool(self) -> PoolView:
+        """How the farm stands."""
+        return await self._at_home(self._desk.pool())
+
+    @_in("urgent")
+    async def drain(self, renderer: str, drained: bool) -> None:
+        """Give a renderer no more work, or again."""
+        await self._at_home(self._desk.drain(renderer, drained))
+
+    @_in("urgent")
+    async def metrics(self) -> Sequence[Snapshot]:
+        """What every process of the farm counted."""
+        return await self._at_home(self._desk.metrics())
+
     @_in("polls")
     async def ask(self, question: Ask) -> Reply:
         """Answer a renderer's question for work, parked while there is none."""
@@ -114,6 +156,10 @@ class DispatcherActor:
     async def renew(self, beat: Beat) -> Renewal:
         """Take in a renderer's sign of life."""
         return await self._desk.renew(beat)
+
+    async def report(self, snapshot: Snapshot) -> None:
+        """Take in what a renderer has counted."""
+        await self._desk.report(snapshot)
 
     async def complete(self, completion: Completion) -> None:
         """Take in that a receipt is stored."""

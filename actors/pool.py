@@ -57,12 +57,16 @@ class RayPool:
             raise (NodeDiedError if NODE_DIED in str(exc) else RendererDiedError)(reason) from exc
 
     def drop(self, renderer: str, token: str) -> None:
-        """Tell it to stop working on a lease."""
+        """Tell it to stop working on a lease, or on a portion of urgent images."""
         self._tell("drop", renderer, token)
 
     def revoke(self, renderer: str, token: str) -> None:
         """Ask it to give a lease back that it has not begun."""
         self._tell("revoke", renderer, token)
+
+    def warm(self, renderer: str, model: str) -> None:
+        """Ask it to load a model when its device is free."""
+        self._tell("warm", renderer, model, len(self.names))
 
     def retire(self, renderer: str) -> None:
         """Tell it to put everything down."""

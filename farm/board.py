@@ -19,7 +19,11 @@ ASK_BACK_EVERY_S = 10.0
 
 
 class Board:
-    """Jobs and runs by name, leases by token, renderers by name; `effects` are what should be done outside."""
+    """Jobs and runs by name, leases by token, renderers by name; `effects` are what should be done outside.
+
+    `drained` renderers get nothing more to do, because a person said so; `reserved` ones no shards, by the time of day. Both
+    are names of slots, whether a renderer is there or not.
+    """
 
     def __init__(self, shares: Mapping[str, float]):
         self.jobs: dict[str, JobState] = {}
@@ -28,6 +32,8 @@ class Board:
         self.renderers: dict[str, Renderer] = {}
         self.effects: list[Effect] = []
         self.queue = Queue(shares)
+        self.drained: set[str] = set()
+        self.reserved: frozenset[str] = frozenset()
         self._refused: set[str] = set()
         self._wall_ahead = 0.0
 
@@ -65,9 +71,21 @@ class Board:
     # Who can do what
 
     def fits(self, renderer: Renderer, run: RunState, now: float) -> bool:
-        """Whether a renderer may be given what a run needs next: not while it rests from failures there."""
+        """Whether a renderer may be given what a run needs next: not while it rests from failures there, nor a shard where
+        it is kept for other work."""
+        if renderer.name in self.drained or (renderer.name in self.reserved and not run.rendered):
+            return False
         trouble = renderer.troubles.get(task(run))
         return trouble is None or now >= trouble.until
+
+    def renderers_for_shards(self) -> int:
+        """How many renderers may be given shards."""
+        kept = self.drained | self.reserved
+        return len(self.renderers) - sum(name in self.renderers for name in kept)
+
+    def is_kept(self, renderer: str) -> bool:
+        """Whether a renderer gets no shards for now."""
+        return renderer in self.drained or renderer in self.reserved
 
     def refused(self, run: RunState, why: tuple[str, str]) -> None:
         """A renderer leaves a run to others; `why` is a code and words for people."""

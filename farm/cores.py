@@ -1,32 +1,74 @@
-"""What a renderer's shards share of its device: the cores of a CPU, or the one place of a GPU."""
+"""What a renderer's shards and urgent images share of its device: the cores of a CPU, or the one place of a GPU."""
 
 import threading
+import time
 from collections.abc import Callable
 
 from farm.engine import Engine
 
 
 class Cores:
-    """So many cores, taken several at a time."""
+    """So many cores, taken several at a time. `urgent`: asked under `changed` whether shards must let others go first.
 
-    def __init__(self, total: int):
+    `clock`: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        changed: threading.Condition | None = None,
+        urgent: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.total = total
-        self._free = total
-        self._changed = threading.Condition()
+        self.free = total
+        self.wanted = 0
+        self.changed = changed or threading.Condition()
+        self._urgent = urgent
+        self._clock = clock
+        self._idle_s = 0.0
+        self._idle_since = clock()
+
+    def idle_s(self) -> float:
+        """Seconds so far in which nobody had any of them."""
+        with self.changed:
+            return self._idle_s + (self._clock() - self._idle_since if self.free == self.total else 0.0)
 
     def take(self, count: int, *, timeout: float) -> bool:
-        """Take so many at once, or none; waits for `timeout` seconds."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._free >= count, timeout):
-                return False
-            self._free -= count
+        """Take so many at once for a shard, or none; waits for `timeout` seconds."""
+        with self.changed:
+            self.wanted += 1
+            try:
+                if not self.changed.wait_for(lambda: self.free >= count and not self._urgent(), timeout):
+                    return False
+            finally:
+                self.wanted -= 1
+            self._taken(count)
             return True
+
+    def take_when(self, wanted: Callable[[], int]) -> int:
+        """Take as many as `wanted` says, asked under `changed`, once they are free; or 0, once it says less than 0."""
+        with self.changed:
+            while (count := wanted()) == 0 or count > self.free:
+                self.changed.wait()
+            if count < 0:
+                return 0
+            self._taken(count)
+            return count
 
     def give_back(self, count: int) -> None:
         """Let others have them."""
-        with self._changed:
-            self._free += count
-            self._changed.notify_all()
+        with self.changed:
+            self.free += count
+            if self.free == self.total:
+                self._idle_since = self._clock()
+            self.changed.notify_all()
+
+    def _taken(self, count: int) -> None:
+        if self.free == self.total:
+            self._idle_s += self._clock() - self._idle_since
+        self.free -= count
 
 
 class Place:

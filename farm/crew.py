@@ -35,10 +35,13 @@ class Pool(Protocol):
         """
 
     def drop(self, renderer: str, token: str) -> None:
-        """Tell it to stop working on a lease."""
+        """Tell it to stop working on a lease, or on a portion of urgent images."""
 
     def revoke(self, renderer: str, token: str) -> None:
         """Ask it to give a lease back that it has not begun."""
+
+    def warm(self, renderer: str, model: str) -> None:
+        """Ask it to load a model when its device is free."""
 
     def retire(self, renderer: str) -> None:
         """Tell it to put everything down and end its work."""

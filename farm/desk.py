@@ -9,15 +9,16 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from farm.claims import Claims
 from farm.crew import START_S, Crew, Pool
-from farm.dispatch import Dispatch
-from farm.errors import FarmError, FarmUnavailableError
+from farm.dispatch import BLAMELESS, Dispatch
+from farm.errors import FarmError, FarmUnavailableError, UnknownRendererError
+from farm.frontdesk import QUOTAS_START_S, FrontDesk
 from farm.jobwatch import JobWatch, Threads
 from farm.lease import (
     POLL_S,
@@ -36,8 +37,12 @@ from farm.lease import (
     beat_s,
 )
 from farm.ledger import Ledger
+from farm.meters import Meters
 from farm.parking import Parking
+from farm.portion import Allowance, Entry, Placing, PoolView, Refusal
 from farm.run import JobProgress
+from farm.settings import Reserve
+from farm.tally import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +58,16 @@ GREETING_S = 2.0
 READ_THREADS = 8
 LOOK_THREADS = 8
 CLAIM_THREADS = 4
+QUOTA_THREADS = 1
 
 
 class Desk:
     """Every method but `stop` may be repeated, and is called on one event loop.
 
     `names`: the slots' renderers. `free`: what a renderer needs to start, for people (`CPU`, `GPU`). With `all_open` it
-    takes up every unfinished job of the store by itself, else those that it is told of. A part of it that fails for a
-    reason of its own ends the process by `end_process`, so that it is started anew.
+    takes up every unfinished job of the store by itself, else those that it is told of. `max_waiting`: urgent images that
+    may wait; `reserve`: renderers kept for them, by the time of day. A part of it that fails for a reason of its own ends
+    the process by `end_process`, so that it is started anew.
     """
 
     def __init__(
@@ -74,6 +81,8 @@ class Desk:
         free: str = "CPU",
         all_open: bool = False,
         shares: Mapping[str, float] = {},
+        max_waiting: int = 512,
+        reserve: Sequence[Reserve] = (),
         wall: Callable[[], float] = time.time,
         threads: Callable[[int, str], Threads] | None = None,
         end_process: Callable[[int], object] = os._exit,
@@ -88,6 +97,18 @@ class Desk:
         self._end_process = end_process
         threads = threads or in_threads
         self._looks = threads(LOOK_THREADS, "looks")
+        self._meters = Meters("dispatcher", epoch, began_at=wall())
+        self._front = FrontDesk(
+            self._dispatch,
+            pool,
+            ledger.store,
+            names=names,
+            capacity=max_waiting,
+            reserve=reserve,
+            meters=self._meters,
+            threads=threads(QUOTA_THREADS, "quotas"),
+            wall=wall,
+        )
         self._crew = Crew(pool, names, lost=self._lost)
         self._jobs = JobWatch(
             self._dispatch,
@@ -131,6 +152,8 @@ class Desk:
         elif not progress.renderers and self._now() - (self._started_at or 0.0) > START_S:
             what = f"no renderer has started yet: Ray has no free {self._free} for one, or starts slowly"
             progress = replace(progress, message=what)
+        elif progress.state == "waiting" and self._all_kept():
+            progress = replace(progress, message="waits: every renderer is drained, or kept for urgent images")
         return progress, None
 
     async def unfinished(self) -> tuple[str, ...]:
@@ -145,6 +168,7 @@ class Desk:
         await self._ready()
         refused = self._dispatch.meet(hello, now=self._now())
         self._crew.came(hello.renderer)
+        self._front.met(hello.renderer, hello.incarnation, now=self._now())
         self._to_greet.discard(hello.renderer)
         self._changed()
         return refused
@@ -173,12 +197,65 @@ class Desk:
     async def give_back(self, end: GiveBack) -> None:
         """Take in a lease's other end."""
         await self._ready()
+        if end.code not in BLAMELESS:
+            self._meters.count("farm_retries_total", code=end.code)
         self._dispatch.give_back(end, now=self._now())
         self._changed()
 
+    async def report(self, snapshot: Snapshot) -> None:
+        """Take in what a renderer has counted."""
+        await self._ready()
+        self._front.report(snapshot, now=self._now())
+
+    async def drain(self, renderer: str, drained: bool) -> None:
+        """Give a renderer no more work, or again; what it has begun it ends. Raises UnknownRendererError."""
+        await self._ready()
+        names = self._crew.names
+        if renderer not in names:
+            raise UnknownRendererError(f"no renderer is called {renderer!r}; there are {names[0]} to {names[-1]}")
+        self._dispatch.drain(renderer, drained, now=self._now())
+        self._changed()
+
+    # Urgent images
+
+    async def enter(self, entry: Entry) -> Placing:
+        """Give seats for urgent images, the same ones whenever their token asks; or refuse.
+
+        Raises RequestError where they can never fit, and FarmUnavailableError just after a start.
+        """
+        await self._ready()
+        now = self._now()
+        greeting = bool(self._to_greet) and now < self._greets_until
+        return self._front.enter(entry, now=now, greeting=greeting, trouble=self._crew.trouble)
+
+    async def leave(self, token: str, *, seconds: float) -> None:
+        """Take back a seat, or all of an entry's; `seconds` of device time are charged to their owner."""
+        await self._ready()
+        self._front.leave(token, seconds=seconds, now=self._now())
+
+    async def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot) -> None:
+        """Take in a gateway's sign of life: seats that it still needs, and what it counted."""
+        await self._ready()
+        self._front.hold(gateway, tokens, snapshot, now=self._now())
+
+    async def charge(self, key: str, allowance: Allowance, images: int) -> Refusal | None:
+        """Count a job's images for a key's day; a refusal counts nothing. Raises RequestError where they never fit a day."""
+        await self._ready()
+        return self._front.charge(key, allowance, images)
+
+    async def pool(self) -> PoolView:
+        """How the farm stands."""
+        await self._ready()
+        return self._front.pool(now=self._now())
+
+    async def metrics(self) -> Sequence[Snapshot]:
+        """What all processes of the farm counted, and what this one did."""
+        await self._ready()
+        return self._front.snapshots(self._meters, now=self._now())
+
     async def stop(self) -> None:
         """End every renderer, each within a denoising step, let go of every claim, and end this desk's own work."""
-        self._stopping = True
+        self._stopping = self._front.stopping = True
         self._crew.close()
         if self._starting is None:
             await self._looks(self._pool.find)  # renderers of the process before this one
@@ -192,6 +269,10 @@ class Desk:
             await asyncio.wait(self._keepers, timeout=STOP_S)
         for task in self._keepers:
             task.cancel()
+        try:
+            await asyncio.wait_for(self._front.save_quotas(), RELEASE_S)
+        except TimeoutError:
+            log.warning("quotas not written: what was used in the last seconds is forgotten")
         try:
             await asyncio.wait_for(self._jobs.release(), RELEASE_S)
         except (TimeoutError, FarmError) as exc:
@@ -218,20 +299,25 @@ class Desk:
         self._started_at = self._now()
         self._to_greet = set(alive)
         self._greets_until = self._started_at + beat_s(len(self._crew.names)) + GREETING_S
+        await asyncio.wait((asyncio.create_task(self._front.recall_quotas()),), timeout=QUOTAS_START_S)
         self._keepers = [self._lasting(self._crew.keep(name)) for name in self._crew.names]
         self._rounds = [
             self._lasting(self._tick()),
+            self._lasting(self._front.keep_quotas()),
             self._lasting(self._jobs.watch_controls()),
             self._lasting(self._jobs.watch_tombstones()),
             self._lasting(self._jobs.keep_claims()),
         ]
         if self._all_open:
             self._rounds.append(self._lasting(self._jobs.find_open()))
+            self._rounds.append(self._lasting(self._front.sweep_singles()))
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self._dispatch.tick(now=self._now(), wall=self._wall())
+            now = self._now()
+            forgiven_s = self._dispatch.tick(now=now, wall=self._wall())
+            self._front.tick(now=now, late=forgiven_s)
             self._parking.expire(self._nothing)
             self._changed()
 
@@ -244,8 +330,13 @@ class Desk:
     def _has_work(self) -> bool:
         return self._dispatch.has_work(now=self._now())
 
+    def _all_kept(self) -> bool:
+        return all(self._dispatch.board.is_kept(name) for name in self._crew.names)
+
     def _lost(self, renderer: str, by_itself: bool) -> None:
+        self._meters.count("farm_renderer_losses_total")
         self._dispatch.lost(renderer, now=self._now(), blame=by_itself)
+        self._front.lost(renderer, now=self._now())
         self._to_greet.discard(renderer)
         self._parking.forget(renderer, self._nothing)
         self._changed()

@@ -31,6 +31,7 @@ from farm.lease import (
     Read,
     Renewal,
     Reply,
+    Standing,
     beat_s,
 )
 from farm.progress import images_done, snapshot
@@ -61,6 +62,7 @@ class Dispatch:
         self._claims = claims
         self._board = Board(shares)
         self._offers: list[TwinOffer] = []
+        self._drains_said: set[str] = set()
         self._granted = 0
         self._ticked_at: float | None = None
         self._looked_at = 0.0
@@ -138,6 +140,9 @@ class Dispatch:
             self._board.renderers[hello.renderer] = known
             self._board.unstall_refused(now)
         known.heard_at = now
+        known.machine = hello.machine
+        if hello.drained and hello.renderer not in self._drains_said:
+            self._board.drained.add(hello.renderer)
         kept = {lease.token for lease in hello.held if self._take_over(lease, known, now)}
         for held in list(known.held.values()):
             if held.lease.token not in kept and now - held.reported_at > CONFIRM_S:
@@ -173,6 +178,29 @@ class Dispatch:
             count_deaths(self._board, [(held, run) for held, run in runs if run is not None], now)
         self._board.stall_refused(now)
 
+    def drain(self, renderer: str, drained: bool, *, now: float) -> None:
+        """Give a slot's renderer nothing more to do, or again; a lease that it has not begun is asked back."""
+        self._drains_said.add(renderer)
+        (self._board.drained.add if drained else self._board.drained.discard)(renderer)
+        self._ask_kept(now)
+
+    def reserve(self, renderers: frozenset[str], *, now: float) -> None:
+        """Give no shards to these slots' renderers, and to all others again."""
+        if renderers != self._board.reserved:
+            self._board.reserved = renderers
+            self._ask_kept(now)
+
+    def charge(self, owner: str, seconds: float) -> None:
+        """Count device seconds of the endpoint for their owner's share."""
+        self._board.queue.share.charge(owner, seconds)
+
+    def _ask_kept(self, now: float) -> None:
+        """Ask back what renderers that are kept from shards have not begun."""
+        for name in self._board.drained | self._board.reserved:
+            known = self._board.renderers.get(name)
+            if known is not None:
+                self._board.ask_back(known.held.values(), now)
+
     def _is_replaced(self, renderer: str, incarnation: str) -> bool:
         """Whether a process that was born later has a renderer's name."""
         known = self._board.renderers.get(renderer)
@@ -190,7 +218,9 @@ class Dispatch:
         if renderer is None:
             replaced = question.epoch == self.epoch and self._is_replaced(question.renderer, question.incarnation)
             return Reply(self.epoch, meet=not replaced, replaced=replaced)
-        renderer.loaded, renderer.asked_at = question.loaded_model, now
+        renderer.asked_at = now
+        if renderer.standing is None or question.sequence > renderer.asked:
+            renderer.loaded = question.loaded_model  # a parked question is older than what was heard since
         if question.sequence == renderer.sequence and renderer.answered and renderer.answered.token in self._board.held:
             return Reply(self.epoch, renderer.answered)
         if question.sequence < renderer.asked or question.sequence <= renderer.sequence:
@@ -212,6 +242,8 @@ class Dispatch:
             if beat.epoch == self.epoch and self._is_replaced(beat.renderer, beat.incarnation):
                 return Renewal(self.epoch, tuple(report.token for report in beat.reports), replaced=True)
             return Renewal(self.epoch, meet=True)
+        if beat.standing is not None and beat.standing != renderer.standing:
+            self._stands(renderer, beat.standing)
         gone = []
         for report in beat.reports:
             held = renderer.held.get(report.token)
@@ -225,7 +257,8 @@ class Dispatch:
         for held in list(renderer.held.values()):
             if now - held.reported_at > CONFIRM_S:
                 self._board.release(held, now=now)
-        return Renewal(self.epoch, tuple(gone), every_s=beat_s(len(self._board.renderers)))
+        drained = beat.renderer in self._board.drained
+        return Renewal(self.epoch, tuple(gone), every_s=beat_s(len(self._board.renderers)), drained=drained)
 
     def complete(self, completion: Completion, *, now: float) -> None:
         """A receipt exists. Honoured whatever became of the lease; the shard's other leases end."""
@@ -297,10 +330,11 @@ class Dispatch:
             self._board.refused(run, trouble.refusal)
             self._board.stall_refused(now)
 
-    def tick(self, *, now: float, wall: float) -> None:
+    def tick(self, *, now: float, wall: float) -> float:
         """Give up renderers that show no life or no progress, apply limits of time, help idle renderers, sample speeds.
 
-        `wall`: Unix seconds. It may jump: only a job's `finish_by` is compared with it.
+        `wall`: Unix seconds. It may jump: only a job's `finish_by` is compared with it. Returns seconds for which this process
+        stood still, and which are nobody's silence.
         """
         late = now - self._ticked_at if self._ticked_at is not None else 0.0
         self._ticked_at = now
@@ -325,6 +359,7 @@ class Dispatch:
             if job.limit is not None and not job.is_over:
                 leases = [lease for run in job.runs.values() for holders in run.held.values() for lease in holders]
                 self._board.ask_back([self._board.held[lease.token] for lease in leases], now)
+        self._ask_kept(now)
         self._help_idle(now)
         for run in self._board.runs.values() if looks else ():
             if run.finalised:
@@ -332,6 +367,7 @@ class Dispatch:
             run.samples.append((now, images_done(run, self._board.held)))
             while now - run.samples[0][0] > RATE_WINDOW_S:
                 run.samples.popleft()
+        return late if forgives else 0.0
 
     def _give_up(self, now: float) -> None:
         given_up = {name: "silent" for name, one in self._board.renderers.items() if now - one.heard_at > LEASE_S}
@@ -354,7 +390,7 @@ class Dispatch:
         if self._board.queue or not self._board.held:
             return
         board = self._board
-        idle = [one for one in board.renderers.values() if not one.held]
+        idle = [one for one in board.renderers.values() if not (one.held or board.is_kept(one.name))]
         if not idle:
             return
         for ahead_s, held in unstarted(board.renderers.values(), board.runs, now=now):
@@ -366,6 +402,11 @@ class Dispatch:
         self._offers = twin_offers(board.held.values(), board.jobs, board.runs, now=now)[: len(idle)]
 
     # Looking
+
+    @property
+    def board(self) -> Board:
+        """What is waiting and held, to look at."""
+        return self._board
 
     def progress(self, job: str) -> JobProgress | None:
         """Show the job's open pass: of its oldest run that is not finalised, or of its newest."""
@@ -389,13 +430,22 @@ class Dispatch:
         renderer.heard_at = now
         return renderer
 
+    def _stands(self, renderer: Renderer, standing: Standing) -> None:
+        """Take in what a renderer says of itself, and what it measured."""
+        before, model = renderer.standing, standing.loaded_model
+        renderer.standing, renderer.loaded = standing, model
+        if model is not None and (before is None or (before.loaded_model, before.load_s) != (model, standing.load_s)):
+            self._board.queue.loaded(model, standing.load_s)
+
     def _grant(self, renderer: Renderer, now: float) -> Lease | None:
         """Give the next piece of work; none to one that seems to hang, and would not come to it."""
         board = self._board
         if hangs(renderer):
             return None
         chosen = board.queue.choose(
-            renderer.loaded, fits=lambda run: board.fits(renderer, board.runs[run], now), renderers=len(board.renderers)
+            renderer.loaded,
+            fits=lambda run: board.fits(renderer, board.runs[run], now),
+            renderers=board.renderers_for_shards(),
         )
         if chosen is None:
             return self._grant_twin(renderer, now)

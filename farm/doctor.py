@@ -5,13 +5,17 @@ No check changes anything but the store's `probe/` objects. A check that fails s
 
 import importlib.util
 import logging
+import os
 import shutil
 import stat
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
@@ -20,13 +24,16 @@ import psutil
 
 from farm.devices import BFLOAT16_CAPABILITY, DeviceInfo, local_device, numerics_for
 from farm.engine import Engine, Picture, RenderStep
-from farm.errors import FarmError, ModelCardError
+from farm.errors import FarmError, FarmUnavailableError, ModelCardError
+from farm.exposure import check_certificate, endpoint_url, free_port, needs_no_key, refuse_exposure
 from farm.fonts import installed
+from farm.keys import list_keys
 from farm.modelcard import ModelCard, find_card, list_cards, source_folder
 from farm.output import flag_of
 from farm.plan import ImageSpec
 from farm.settings import Settings
 from farm.storage.opening import open_store
+from farm.whereabouts import living, note_file
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +42,15 @@ MIN_PYTHON = (3, 11)
 MIN_MEMORY_GIB = 4
 MIN_FREE_GIB = 2
 MIN_SHM_GIB = 0.25
+RAY_TITLES = ("ray::", "raylet", "gcs_server", "/ray/dashboard/", "/ray/autoscaler/")
+OPEN_RAY_PORTS = {
+    8265: "the dashboard",
+    10001: "the client server",
+    44217: "the autoscaler's metrics",
+    44227: "the dashboard's metrics",
+    52365: "the agent",
+}
+"""Ray's ports that speak HTTP or take clients, by their usual numbers."""
 PACKAGES = ("torch", "diffusers", "transformers", "ray", "pyarrow", "pillow", "boto3")
 TEST_MODEL = "sketch"
 TEST_PROMPT = "a red circle on a white background"
@@ -65,6 +81,8 @@ def examine(settings: Settings, *, render: bool = True) -> Iterator[Check]:
         ("memory", _memory),
         ("store", lambda: _store(settings)),
         ("ray", _ray),
+        ("ray ports", _ray_ports),
+        ("endpoint", lambda: _endpoint(settings)),
         ("fonts", _fonts),
         ("models", lambda: _models(settings)),
     ]
@@ -179,6 +197,63 @@ def _ray() -> Iterator[Check]:
             yield Check("ray", "warn", f"{token} has mode {mode:04o}: others can read it", f"chmod 600 {token}")
         else:
             yield Check("ray", "ok", f"{token} is its owner's alone")
+
+    mode_of_ray = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode_of_ray != "token":
+        said = f"RAY_AUTH_MODE is {mode_of_ray!r}: whoever reaches Ray's ports commands it"
+        yield Check("ray", "fail", said, "leave RAY_AUTH_MODE out, so that Ray asks for its token")
+
+
+def _ray_ports() -> Iterator[Check]:
+    """Ray's gRPC listens on all interfaces and asks for the token; what else does asks for nothing."""
+    running, wide = 0, []
+    for process in psutil.process_iter():
+        try:
+            title = " ".join(process.cmdline())
+            if "/raylet " in title:
+                running += 1
+            if not any(word in title for word in RAY_TITLES):
+                continue
+            for found in process.net_connections("tcp"):
+                if found.status == psutil.CONN_LISTEN and found.laddr.port in OPEN_RAY_PORTS:
+                    address = ip_address(found.laddr.ip)
+                    if not address.is_loopback:
+                        wide.append(f"{OPEN_RAY_PORTS[found.laddr.port]} on {found.laddr.ip}:{found.laddr.port}")
+        except psutil.Error:
+            continue
+    if wide:
+        how = "start Ray with the variables and flags of infra/ports.md, and keep those ports from other machines"
+        yield Check("ray ports", "warn", f"open to other machines: {', '.join(sorted(set(wide)))}", how)
+    elif running:
+        yield Check("ray ports", "ok", "beyond loopback Ray listens by gRPC alone, which asks for its token")
+    else:
+        yield Check("ray ports", "ok", "no Ray of this user runs here now")
+
+
+def _endpoint(settings: Settings) -> Iterator[Check]:
+    now = datetime.now(UTC)
+    keys = Counter(key.state(now) for key in list_keys(open_store(settings.store, settings)))
+    check_certificate(settings)
+    refuse_exposure(settings, has_keys=bool(keys))
+    url = endpoint_url(settings)
+    counted = ", ".join(f"{keys[state]} {state}" for state in ("valid", "expired", "revoked") if keys[state])
+    if needs_no_key(settings):
+        said = f"{url} is for users of this machine alone, who need no key"
+        yield Check("endpoint", "ok", f"{said}; keys: {counted}" if counted else said)
+    elif keys["valid"]:
+        tls = "TLS of its own" if settings.tls_cert else f"TLS by the proxy {settings.tls_proxy}"
+        yield Check("endpoint", "ok", f"{url}: {tls}; keys: {counted}")
+    else:
+        yield Check("endpoint", "warn", f"{url}: no key is valid: {counted}", "make one: farm keys create")
+    up = living(note_file(settings))
+    if up is not None and up.url:
+        yield Check("endpoint", "ok", f"the farm is up at {up.url}")
+        return
+    try:
+        free_port(settings.http_host, settings.http_port)
+    except FarmUnavailableError as error:
+        said, _, advice = error.message.partition("; ")
+        yield Check("endpoint", "warn", said, advice)
 
 
 def _fonts() -> Iterator[Check]:

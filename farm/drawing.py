@@ -9,9 +9,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
-from farm.engine import Batch, Engine, Picture, RenderStep
+from farm.engine import Batch, Engine, OnStep, Picture, RenderStep
 from farm.errors import OutOfMemoryError, RendererDiedError, RenderError
 from farm.lease import Stage
 from farm.models.family import Embedding, Tokens
@@ -43,6 +43,34 @@ class ShardProgress:
 OnProgress = Callable[[ShardProgress], None]
 
 
+class Aside(Protocol):
+    """Other work that may have the device in between, and shows itself by `on_step`."""
+
+    def at_step(self, engine: Engine, on_step: OnStep) -> float:
+        """Do what fits within a step of the batch in hand; returns the seconds it took."""
+
+    def between(self, engine: Engine, on_step: OnStep) -> float:
+        """Do what waits, between two batches; returns the seconds it took. `engine` is loaded afterwards as before."""
+
+    def worked(self, seconds: float) -> None:
+        """The shard itself had the device for so long."""
+
+
+class NoAside:
+    """Nothing comes in between."""
+
+    def at_step(self, engine: Engine, on_step: OnStep) -> float:
+        """Do nothing."""
+        return 0.0
+
+    def between(self, engine: Engine, on_step: OnStep) -> float:
+        """Do nothing."""
+        return 0.0
+
+    def worked(self, seconds: float) -> None:
+        """Nobody asks."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     code: str
@@ -56,7 +84,8 @@ class Failure:
 class Drawing:
     """A shard's way through the engine: what failed, what was drawn outside its batch, how far it is, how long it took.
 
-    `alone` and `failures` are by image index.
+    `alone` and `failures` are by image index. `aside_s`: seconds that other work had the device meanwhile; they are in none of
+    `seconds`.
     """
 
     def __init__(
@@ -69,6 +98,7 @@ class Drawing:
         announce: bool,
         on_progress: Callable[[ShardProgress], None],
         cancelled: Callable[[], bool],
+        aside: Aside | None = None,
     ):
         self._specs = specs
         self._skip = skip
@@ -77,6 +107,9 @@ class Drawing:
         self._announce = announce
         self._on_progress = on_progress
         self._cancelled = cancelled
+        self._aside = aside or NoAside()
+        self._own_since = 0.0
+        self.aside_s = 0.0
         self._showing = threading.Lock()
         self._progress = ShardProgress()
         self._drawn = 0
@@ -106,8 +139,21 @@ class Drawing:
         batches = [part for batch in self._cut(engine) for part in self._parts(batch)]
         if self._encodes_ahead:
             self._encode_ahead(engine, batches)
+        self._own_since = time.perf_counter()
         for number, batch in enumerate(batches, start=1):
+            self._let_in(engine, self._aside.between)
             self._draw(engine, batch, writer, last_batch=number == len(batches))
+
+    def _let_in(self, engine: Engine, come_in: Callable[[Engine, OnStep], float]) -> float:
+        """Let other work have the device, and return the seconds it took."""
+        self._aside.worked(time.perf_counter() - self._own_since)
+        stage = self._progress.stage
+        took = come_in(engine, lambda step: self._show(stage=step.stage))
+        self._own_since = time.perf_counter()
+        if took:
+            self.aside_s += took
+            self._show(stage=stage)
+        return took
 
     def _encode_ahead(self, engine: Engine, batches: list[Batch]) -> None:
         try:
@@ -206,6 +252,7 @@ class Drawing:
                 cancelled=self._cancelled,
                 ahead=self._ahead,
                 images_done=self._drawn,
+                between_steps=lambda: self._let_in(engine, self._aside.at_step),
             )
         except RenderError as exc:
             failure = Failure(exc.code, exc.message)

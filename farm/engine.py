@@ -15,7 +15,7 @@ import numpy as np
 
 from farm.errors import CancelledError, FarmError, NumericsError, RenderError
 from farm.modelcard import ModelCard
-from farm.models.family import Embedding, Family, Tokens, open_family
+from farm.models.family import Embedding, Family, Tokens, Within, open_family
 from farm.plan import ImageSpec, Numerics
 
 CACHE_BYTES = 512 * 2**20
@@ -71,6 +71,35 @@ class RenderStep:
 
 OnPicture = Callable[[Picture], None]
 OnStep = Callable[[RenderStep], None]
+BetweenSteps = Callable[[], float]
+"""Called after each denoising step; may use the device for other work, and returns the seconds that it took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What two renders must share to be drawn with one loaded model. The batch may differ."""
+
+    family: str
+    source: str
+    max_sequence_length: int
+    device: str
+    dtype: str
+    threads: int
+    versions: tuple[tuple[str, str], ...]
+
+
+def weights_of(card: ModelCard, numerics: Numerics) -> Weights:
+    """Return what a card's images are drawn with; where the revision is known the path has no part in it."""
+    source = card.source
+    return Weights(
+        card.family,
+        f"{source.hub or ''}@{source.revision or source.path or ''}",
+        card.max_sequence_length,
+        numerics.device,
+        numerics.dtype,
+        numerics.threads,
+        tuple(sorted(numerics.versions.items())),
+    )
 
 
 def check_numerics(numerics: Numerics, *, device: str) -> None:
@@ -103,13 +132,17 @@ class Engine:
         vram_gib: float,
         *,
         family: Family | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cache: "EmbeddingCache | None" = None,
     ):
         self.card = card
         self.numerics = numerics
+        self.weights = weights_of(card, numerics)
+        self.loaded = False
         self._device = device
+        self._vram_gib = vram_gib
         self._family = family or open_family(card, numerics, device=device, vram_gib=vram_gib)
-        self._cache = EmbeddingCache(cache_bytes)
+        self._cache = EmbeddingCache(CACHE_BYTES) if cache is None else cache
+        self._inside: Engine | None = None
 
     def load(self) -> float:
         """Load the model; returns seconds. Raises NumericsError, ModelCardError or PlacementError."""
@@ -117,22 +150,49 @@ class Engine:
         started = time.perf_counter()
         self._family.load()
         self._family.synchronize()
+        self.loaded = True
         return time.perf_counter() - started
 
     def unload(self) -> None:
         """Let go of weights, embeddings and device memory."""
+        self.loaded = False
+        self._inside = None
         self._cache.clear()
         self._family.unload()
+
+    def inside(self) -> "Engine | None":
+        """Return the engine that draws within a step of this one, over its weights and embeddings; None where none can.
+
+        It draws nothing within its own steps.
+        """
+        if self._inside is None and self._family.within != "nothing":
+            family = self._family.inside()
+            self._inside = Engine(
+                self.card, self.numerics, self._device, self._vram_gib, family=family, cache=self._cache
+            )
+        return self._inside
+
+    def fits_within_a_step(self, batch: Batch) -> bool:
+        """Whether a batch needs nothing on the device that is not there while another one is denoised."""
+        within: Within = self._family.within
+        return within == "anything" or (
+            within == "encoded" and all(tokens in self._cache for tokens in (*batch.positive, *batch.negative))
+        )
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked of it."""
+        self._family.synchronize()
 
     def recover(self) -> None:
         """Free what a failed batch left behind. Call it outside the `except` block: a traceback keeps tensors alive."""
         self._family.recover()
 
-    def batches(self, specs: Sequence[ImageSpec]) -> list[Batch]:
+    def batches(self, specs: Sequence[ImageSpec], *, most: int | None = None) -> list[Batch]:
         """Cut a shard's images into batches: by shape in order of first appearance, then `numerics.batch` at a time.
 
-        Raises RenderError where the tokenizer fails on a prompt.
+        `most`: so many at a time, if fewer. Raises RenderError where the tokenizer fails on a prompt.
         """
+        size = min(self.numerics.batch, most or self.numerics.batch)
         tokens: dict[str, Tokens] = {}
         groups: dict[Hashable, list[ImageSpec]] = {}
         for spec in specs:
@@ -156,7 +216,7 @@ class Engine:
                 else (),
             )
             for group in groups.values()
-            for some in (group[i : i + self.numerics.batch] for i in range(0, len(group), self.numerics.batch))
+            for some in (group[i : i + size] for i in range(0, len(group), size))
         ]
 
     def _tokens(self, prompt: str, known: dict[str, Tokens]) -> Tokens:
@@ -202,8 +262,11 @@ class Engine:
         cancelled: Callable[[], bool],
         ahead: dict[Tokens, Embedding] | None = None,
         images_done: int = 0,
+        between_steps: BetweenSteps = lambda: 0.0,
     ) -> dict[str, float]:
         """Render one batch; returns seconds by stage. Pictures come when all of the batch is done.
+
+        The seconds that `between_steps` spent on other work are in none of them, nor in a picture's.
 
         Raises CancelledError after a denoising step, OutOfMemoryError, DeviceLostError, or RenderError for whatever the
         pipeline raised.
@@ -211,14 +274,19 @@ class Engine:
         family, first = self._family, batch.specs[0]
         times = [time.perf_counter()]
         embed = ahead or {}
+        away_s = 0.0
 
         def lap() -> None:
             family.synchronize()
             times.append(time.perf_counter())
 
         def after_step(step: int, steps: int) -> None:
+            nonlocal away_s
             _stop_if(cancelled)
             on_step(RenderStep(images_done, "denoise", step, steps))
+            away_s += between_steps()
+            if away_s:
+                _stop_if(cancelled)
 
         _stop_if(cancelled)
         on_step(RenderStep(images_done, "encode", 0, first.params.num_inference_steps))
@@ -234,10 +302,12 @@ class Engine:
         with _pipeline_errors(f"decode images {_span(batch)}"):
             decoded = family.decode(latents, first)
         lap()
-        each = (times[-1] - times[0]) / len(batch.specs)
+        each = (times[-1] - times[0] - away_s) / len(batch.specs)
         for spec, pixels, finite in zip(batch.specs, decoded.pixels, decoded.finite, strict=True):
             on_picture(Picture(spec, pixels, each, nan=not finite))
-        return {name: times[i + 1] - times[i] for i, name in enumerate(("encode", "denoise", "decode"))}
+        seconds = {name: times[i + 1] - times[i] for i, name in enumerate(("encode", "denoise", "decode"))}
+        seconds["denoise"] -= away_s
+        return seconds
 
     def render(
         self,
@@ -272,6 +342,9 @@ class EmbeddingCache:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def __contains__(self, tokens: Tokens) -> bool:
+        return tokens in self._kept
 
     def get(self, tokens: Tokens) -> Embedding | None:
         """Return what was kept, and keep it longer."""

@@ -4,7 +4,7 @@ A message says what is wrong, which value, where, and what to do next. `code` is
 `--json` output and in metrics. Exit codes are mapped in `farm/cli/exits.py` alone.
 """
 
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 
 class FarmError(Exception):
@@ -16,7 +16,7 @@ class FarmError(Exception):
         super().__init__(message)
         self.message = message
 
-    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
         return type(self), (self.message,)
 
 
@@ -90,9 +90,19 @@ class UnknownImageError(InputError):
 
 
 class RequestError(InputError):
-    """Raised when a request to the endpoint asks for what cannot be, or in words that it does not know."""
+    """Raised when a request to the endpoint asks for what cannot be, or in words that it does not know.
+
+    `param`: the field to mend, where it is one.
+    """
 
     code = "request"
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        return type(self), (self.message, self.param)
 
 
 class PlanChangedError(InputError):
@@ -218,13 +228,26 @@ class ForbiddenError(FarmError):
     code = "forbidden"
 
 
-class LimitedError(FarmError):
+class LaterError(FarmError):
+    """Root of what is refused now and may be granted later. `retry_after_s`: when to ask again, None if nobody knows."""
+
+    code = "later"
+
+    def __init__(self, message: str, retry_after_s: float | None = None):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        return type(self), (self.message, self.retry_after_s)
+
+
+class LimitedError(LaterError):
     """Raised when a key has used up what it may for now."""
 
     code = "limited"
 
 
-class BusyError(FarmError):
+class BusyError(LaterError):
     """Raised when the farm cannot take more urgent images for now."""
 
     code = "busy"

@@ -1,4 +1,5 @@
-"""Remove what nothing can point at any more: orphans of closed passes, runs without a plan, what died half-way.
+"""Remove what nothing can point at any more, or is past its time: orphans of closed passes, runs without a plan, what
+died half-way, images of the endpoint that were kept long enough.
 
 Pictures go by what the receipts say, and time has no part in that: no receipt of a closed pass is ever written again. What
 has no plan may still get one, so it goes by age, told by the store's own clock alone. A run with an open pass is not
@@ -22,16 +23,18 @@ import pyarrow.parquet as pq
 from farm.errors import ObjectMissingError, RecordError, StoreError, UnknownJobError
 from farm.export import dataset_prefix, run_prefix
 from farm.ledger import Ledger
+from farm.moment import moment
 from farm.plan import Plan
 from farm.prefetch import in_order
 from farm.removal import THREADS, Removed, delete_job, measure_job, remove_objects, runs_of
+from farm.singles import Singles
 from farm.storage.base import ObjectInfo, ObjectStore
 
 GRACE_S = 24 * 3600.0
 BLOCK_IMAGES = 1000  # a folder of pictures holds as many
 PICTURES = ("images", "thumbnails")
 
-Kind = Literal["pictures", "runs", "markers", "claims", "deleted jobs", "unfinished writes", "probes"]
+Kind = Literal["pictures", "singles", "runs", "markers", "claims", "deleted jobs", "unfinished writes", "probes"]
 
 _NAME = re.compile(r"\d{9}(?:_[A-Za-z0-9_-]+)?\.p(\d+)a\d+-[0-9a-f]{8}\.[a-z]+")
 
@@ -86,6 +89,7 @@ def collect(
     for job in ledger.jobs():
         found.sweep_job(job, conditional=conditional)
     found.sweep_marks()
+    found.sweep_singles(at=at)
     try:
         left = store.sweep(found.before, remove=not dry_run)
     except StoreError as exc:  # not allowed, or the server has no such thing
@@ -159,6 +163,12 @@ class _Collector:
                 self._remove("markers", [info])
         self._remove("claims", (info for info in self._store.list("claims/") if self._is_old(info)))
         self._remove("probes", (info for info in self._store.list("probe/") if self._is_old(info)))
+
+    def sweep_singles(self, *, at: str) -> None:
+        """Remove images of the endpoint that are past their time."""
+        swept = Singles(self._store).sweep(now=moment(at).timestamp(), before=self.before, remove=not self._dry_run)
+        self._count("singles", swept.removed)
+        self._garbage.kept += [Kept(f"image {key}", reason) for key, reason in swept.kept]
 
     def _sweep_runs(self, job: str, planned: set[str]) -> None:
         folders = [f"jobs/{job}/{run}/" for run in runs_of(self._store, job) if run not in planned]

@@ -5,7 +5,8 @@ Owns the renderers that are known, too. Bookkeeping alone, without rules.
 
 from dataclasses import dataclass, field
 
-from farm.lease import Lease, Report
+from farm.devices import DeviceInfo
+from farm.lease import Lease, Report, Standing
 from farm.records import DEVICE_STAGES
 from farm.retry import Trouble
 
@@ -65,7 +66,8 @@ class Renderer:
     """A renderer that said hello. `held` by token; `serves`: the owner of its latest lease, while it holds any.
 
     `sequence` is that of the question answered last, `asked` the newest seen. `asked_at`: when it last asked or held
-    something. `troubles`: its failures by task (`board.task`).
+    something. `troubles`: its failures by task (`board.task`). `standing`: what it said last of itself, None where it says
+    nothing of the kind. `machine`: what its node renders on.
     """
 
     name: str
@@ -80,3 +82,5 @@ class Renderer:
     serves: str | None = None
     troubles: dict[str, Trouble] = field(default_factory=dict)
     held: dict[str, Held] = field(default_factory=dict)
+    standing: Standing | None = None
+    machine: DeviceInfo | None = None

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from farm.devices import DeviceInfo
+
 LEASE_S = 30.0
 """A renderer that was not heard of for this long loses what it holds."""
 CONFIRM_S = 5.0
@@ -63,13 +65,16 @@ class Lease:
 class Hello:
     """How a renderer introduces itself, at first and again whenever it meets a dispatcher that it does not know.
 
-    `incarnation` names its process; of two, the one of a process that was born later is the greater.
+    `incarnation` names its process; of two, the one of a process that was born later is the greater. `machine`: what its
+    node renders on. `drained`: a dispatcher told it that a person wants it to have no more work.
     """
 
     renderer: str
     incarnation: str
     device: str
     held: tuple[Lease, ...] = ()
+    machine: DeviceInfo | None = None
+    drained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,20 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """What a renderer is at besides its leases. `loading`: a model comes to its device at this moment.
+
+    `urgent`: images of the endpoint that it has, drawn or waiting. `load_s`: what loading `loaded_model` took, 0 where
+    that was not measured.
+    """
+
+    loaded_model: str | None
+    loading: bool = False
+    urgent: int = 0
+    load_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Beat:
     """A renderer's sign of life, with a report on every lease that it holds: one that is missing never reached it, or ended."""
 
@@ -106,6 +125,7 @@ class Beat:
     incarnation: str
     epoch: str
     reports: tuple[Report, ...]
+    standing: Standing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +133,8 @@ class Renewal:
     """The answer to a beat: tokens to drop, and seconds until the next beat.
 
     `meet`: say hello first; nothing is to be dropped before that. `replaced`: another process has this renderer's name, and
-    this one should end.
+    this one should end. `drained`: a person wants it to have no more work; to be told the next dispatcher by its hello, and
+    without meaning where `meet` or `replaced`.
     """
 
     epoch: str
@@ -121,6 +142,7 @@ class Renewal:
     meet: bool = False
     every_s: float = RENEW_S
     replaced: bool = False
+    drained: bool = False
 
 
 @dataclass(frozen=True, slots=True)

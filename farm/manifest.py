@@ -29,7 +29,7 @@ from pydantic_core import PydanticCustomError
 from farm.errors import ManifestError
 from farm.modelcard import ParamOverrides
 from farm.moment import moment
-from farm.yamlfile import Document, did_you_mean, read_yaml, shown, validate
+from farm.yamlfile import Document, Loc, did_you_mean, read_yaml, shown, validate
 
 MAX_SEED = 2**32 - 1
 MAX_LIST = 100_000
@@ -287,9 +287,26 @@ class LoadedManifest:
 
 def load_manifest(path: str | Path) -> LoadedManifest:
     """Read and validate a manifest file; paths in it come out absolute. Raises ManifestError with file and line."""
-    document = read_yaml(path, ManifestError, what="manifest")
+    loaded = manifest_of(read_yaml(path, ManifestError, what="manifest"))
+    manifest = _with_absolute_files(loaded.manifest, Path(path).absolute().parent)
+    return LoadedManifest(manifest=manifest, document=loaded.document)
+
+
+def manifest_of(document: Document) -> LoadedManifest:
+    """Validate a document; files that it names stay as they stand there. Raises ManifestError."""
     manifest = validate(document, Manifest, ManifestError, other_names=OTHER_NAMES, field_lists=_FIELD_LISTS)
-    return LoadedManifest(manifest=_with_absolute_files(manifest, Path(path).absolute().parent), document=document)
+    return LoadedManifest(manifest=manifest, document=document)
+
+
+def named_files(manifest: Manifest) -> list[tuple[Loc, str]]:
+    """Return every file, glob or URL that the manifest reads, and where it stands in it."""
+    prompts = manifest.prompts
+    if isinstance(prompts, PromptFile):
+        return [(("prompts", "file"), prompts.file)]
+    if isinstance(prompts, PromptTemplate):
+        named = [(name, values) for name, values in prompts.vary.items() if isinstance(values, VaryFile)]
+        return [(("prompts", "vary", name, "file"), values.file) for name, values in named]
+    return []
 
 
 OTHER_NAMES = {

@@ -49,11 +49,12 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """A renderer's promise to draw so many images. `token` names the portion there."""
+    """A renderer's promise to draw so many images. `token` names the portion there; `incarnation` its process."""
 
     token: str
     renderer: str
     images: int
+    incarnation: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,6 +144,10 @@ class Queue:
         """What a swap to a model costs, as measured."""
         return self._swap_s.get(model, UNKNOWN_SWAP_S)
 
+    def load_s(self) -> dict[str, float]:
+        """Measured seconds to load a model, by its name."""
+        return dict(self._swap_s)
+
     def choose(self, loaded: str | None, *, fits: Callable[[str], bool], renderers: int) -> Waiting | None:
         """The run to work for next on a renderer that has the model `loaded`, of those that `fits` lets through.
 

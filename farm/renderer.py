@@ -17,15 +17,30 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from farm.cores import Cores, Place
+from farm.cutin import CutIn
+from farm.devices import DeviceInfo
 from farm.drawing import ShardProgress
-from farm.engine import Engine
-from farm.errors import CancelledError, DeviceLostError, FarmError, FarmUnavailableError, RecordError
+from farm.engines import Engines
+from farm.errors import (
+    CancelledError,
+    DeviceLostError,
+    FarmError,
+    FarmUnavailableError,
+    RecordError,
+    RendererDiedError,
+)
 from farm.export import finalise
-from farm.lease import RENEW_S, Ask, Beat, Completion, GiveBack, Hello, Lease, Renewal, Reply
+from farm.gpu import DeviceMeter
+from farm.lease import RENEW_S, Ask, Beat, Completion, GiveBack, Hello, Lease, Renewal, Reply, Standing
 from farm.ledger import Ledger
-from farm.plan import Plan
+from farm.meters import Meters
+from farm.modelcard import ModelCard
+from farm.plan import Numerics, Plan
+from farm.portion import Answer, Portion
 from farm.shard import ShardRunner
+from farm.tally import Snapshot
 from farm.task import Task
+from farm.urgent import UrgentQueue
 from farm.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -40,6 +55,8 @@ ANNOUNCE_S = 5.0
 """How long a batch that may end this process waits for the dispatcher to know of it."""
 WATCH_S = 1.0
 """How often a renderer looks whether it is stuck."""
+REPORT_S = 5.0
+"""How often a renderer tells what it has counted."""
 DEVICE_LOST_EXIT = 70
 STUCK_EXIT = 71
 REPLACED_EXIT = 72
@@ -63,6 +80,9 @@ class Link(Protocol):
     async def give_back(self, end: GiveBack) -> None:
         """Tell that a lease ended without a receipt."""
 
+    async def report(self, snapshot: Snapshot) -> None:
+        """Tell what this process has counted."""
+
 
 class Renderer:
     """One device's worker. `device` is torch's name of it, `device_name` what receipts call it.
@@ -72,6 +92,9 @@ class Renderer:
     `work` returns when it was retired and everything in hand has ended. A device that failed takes every later batch
     with it, and a call that hangs keeps its device for ever: `end_process` then ends this process, and another takes its
     place. While no dispatcher answers, what is in hand is rendered and stored to its end, and nothing more is begun.
+
+    Urgent images come by `draw`, and cut into what is rendered (`farm.cutin`). `gpu`: the GPU whose memory and
+    utilisation it tells, by index or UUID; None on a CPU.
     """
 
     def __init__(
@@ -85,6 +108,8 @@ class Renderer:
         vram_gib: float,
         ledger: Ledger,
         link: Link,
+        machine: DeviceInfo | None = None,
+        gpu: str | None = None,
         watchdog: Watchdog | None = None,
         end_process: Callable[[int], object] = os._exit,
     ):
@@ -92,7 +117,8 @@ class Renderer:
         self._incarnation = incarnation
         self._device = device
         self._device_name = device_name
-        self._vram_gib = vram_gib
+        self._machine = machine
+        self._drained = False
         self._ledger = ledger
         self._link = link
         self._watchdog = watchdog or Watchdog()
@@ -105,16 +131,29 @@ class Renderer:
         self._changed = asyncio.Event()
         self._retired = asyncio.Event()
         self._threads = ThreadPoolExecutor(cores + 1, thread_name_prefix="shard")
-        self._cores = Cores(cores)
-        self._engines: list[Engine] = []
-        self._engines_lock = threading.Lock()
-        self._loaded_model: str | None = None
+        self._meters = Meters(name, incarnation)
+        changed = threading.Condition()
+        self._urgent = UrgentQueue(changed)
+        self._cores = Cores(cores, changed=changed, urgent=self._urgent.may_cut_in)
+        self._device_meter = DeviceMeter(name, self._meters, idle_s=self._cores.idle_s, gpu=gpu)
+        self._engines = Engines(device, vram_gib, meters=self._meters)
+        self._cutin = CutIn(
+            renderer=name,
+            device=device_name,
+            cores=self._cores,
+            queue=self._urgent,
+            engines=self._engines,
+            meters=self._meters,
+            on_lost=lambda: self._end_process(DEVICE_LOST_EXIT),
+        )
         self._runners: OrderedDict[str, ShardRunner] = OrderedDict()
         self._runners_lock = threading.Lock()
 
     async def work(self) -> None:
-        """Ask for leases and serve them until retired."""
+        """Ask for leases and serve them until retired, and draw what is urgent meanwhile."""
+        self._cutin.start()
         beat = asyncio.create_task(self._beat())
+        telling = asyncio.create_task(self._tell())
         ended = threading.Event()
         threading.Thread(target=self._watch, args=(ended,), name="watchdog", daemon=True).start()
         serving: set[asyncio.Task[None]] = set()
@@ -132,23 +171,48 @@ class Renderer:
             await asyncio.gather(*serving)
         finally:
             beat.cancel()
+            telling.cancel()
             ended.set()
+            self._end_urgent()
             self._threads.shutdown(wait=False)
             if self._replaced:
                 self._end_process(REPLACED_EXIT)
 
     def retire(self) -> None:
-        """Take no more leases, and give back those in hand within a denoising step."""
+        """Take no more work, and give back what is in hand within a denoising step."""
         self._retired.set()
+        self._end_urgent()
         for token in list(self._tasks):
             self.drop(token)
         self._changed.set()
 
+    def _end_urgent(self) -> None:
+        self._cutin.close(RendererDiedError(f"{self.name} was asked to end; ask for another renderer"))
+
+    async def draw(self, portion: Portion) -> Answer:
+        """Draw urgent images as soon as their turn comes; a token that is in hand already brings the same answer.
+
+        An image that fails says so in the answer. Raises CancelledError where the portion was dropped, RendererDiedError where
+        this renderer ends, and what loading the model raises. Who stops waiting drops the portion.
+        """
+        answer = self._urgent.put(portion, now=time.monotonic())
+        try:
+            return await asyncio.wrap_future(answer)
+        except asyncio.CancelledError:
+            self._urgent.drop(portion.token)
+            raise
+
+    def warm(self, card: ModelCard, numerics: Numerics) -> None:
+        """Load a model as soon as nothing else wants the device; of several calls the last one counts."""
+        self._cutin.warm(card, numerics)
+
     def drop(self, token: str) -> None:
-        """Stop working on a lease that is no longer ours."""
+        """Stop working on a lease or a portion that is no longer ours, within a denoising step."""
         task = self._tasks.get(token)
         if task:
             task.stop.set()
+        else:
+            self._urgent.drop(token)
 
     def revoke(self, token: str) -> None:
         """Give a lease back if the device has not begun with it; one that has begun goes on."""
@@ -177,7 +241,7 @@ class Renderer:
         return asking.result()
 
     async def _ask(self) -> Lease | None:
-        question = Ask(self.name, self._incarnation, self._epoch, self._sequence, self._loaded_model)
+        question = Ask(self.name, self._incarnation, self._epoch, self._sequence, self._engines.loaded_model)
         try:
             reply = await self._call(lambda: self._link.ask(question))
             self._sequence += 1
@@ -195,7 +259,10 @@ class Renderer:
 
     async def _meet(self) -> None:
         held = tuple(task.lease for task in self._tasks.values() if not task.stop.is_set())
-        for token in await self._link.meet(Hello(self.name, self._incarnation, self._device_name, held)):
+        hello = Hello(
+            self.name, self._incarnation, self._device_name, held, machine=self._machine, drained=self._drained
+        )
+        for token in await self._link.meet(hello):
             self.drop(token)
 
     def _leave(self) -> None:
@@ -217,15 +284,31 @@ class Renderer:
     async def _renew(self) -> None:
         """Report on every lease in hand, so that what the dispatcher knows is of one moment."""
         reports = tuple(task.report() for task in self._tasks.values() if not task.stop.is_set())
-        renewal = await self._link.renew(Beat(self.name, self._incarnation, self._epoch, reports))
+        engines = self._engines
+        standing = Standing(engines.loaded_model, engines.loading, self._urgent.in_hand, engines.load_s)
+        renewal = await self._link.renew(Beat(self.name, self._incarnation, self._epoch, reports, standing))
         self._beat_s = renewal.every_s
         if renewal.replaced:
             self._leave()
         if renewal.meet:
             self._epoch = renewal.epoch
             await self._meet()
+        elif not renewal.replaced:
+            self._drained = renewal.drained
         for token in renewal.gone:
             self.drop(token)
+
+    async def _tell(self) -> None:
+        """Tell what was counted, for as long as this renderer works."""
+        while True:
+            await asyncio.sleep(REPORT_S)
+            try:
+                await asyncio.to_thread(self._device_meter.measure)
+                await self._link.report(self._meters.snapshot())
+            except FarmUnavailableError:
+                log.info("no answer to a report", extra={"renderer": self.name})
+            except Exception:
+                log.exception("what was counted could not be told", extra={"renderer": self.name})
 
     async def _serve(self, lease: Lease) -> None:
         task = Task(lease)
@@ -265,6 +348,7 @@ class Renderer:
     def _watch(self, ended: threading.Event) -> None:
         while not ended.wait(WATCH_S):
             at_work = [task.report() for task in list(self._tasks.values()) if not task.ended]
+            at_work += self._cutin.reports()
             stuck = self._watchdog.look(at_work, now=time.monotonic())
             if stuck is not None:
                 log.critical(
@@ -304,7 +388,7 @@ class Renderer:
 
         task.cores = min(runner.plan.numerics.threads, self._cores.total)
         loop.call_soon_threadsafe(self._changed.set)
-        place = Place(self._cores, task.cores, begin=task.begin, engine_back=self._engines_back)
+        place = Place(self._cores, task.cores, begin=task.begin, engine_back=self._engines.give_back)
         receipt = runner.run(
             pass_number=lease.pass_number,
             shard=lease.shard,
@@ -312,10 +396,11 @@ class Renderer:
             skip=lease.skip,
             alone=lease.alone,
             cautious=lease.cautious,
-            engine=lambda plan: place.use(self._engine_for(plan)),
+            engine=lambda plan: place.use(self._engines.take(plan.card, plan.numerics)),
             on_device=place,
             on_progress=on_progress,
             cancelled=task.stop.is_set,
+            aside=self._cutin,
         )
         failed = sum(row.status == "failed" for row in receipt.rows)
         return Completion(lease, self.name, len(receipt.rows) - failed, failed, receipt.seconds)
@@ -360,26 +445,4 @@ class Renderer:
         plan = next((plan for plan in self._ledger.plans(lease.job) if plan.run == lease.run), None)
         if plan is None:
             raise RecordError(f"job {lease.job}: run {lease.run} is leased and has no plan; was the job deleted?")
-        return ShardRunner(self._ledger, plan, renderer=self.name, device=self._device_name)
-
-    def _engine_for(self, plan: Plan) -> Engine:
-        """An engine for a plan's model and numerics, this shard's alone; called with its place on the device held.
-
-        Engines of other models leave first. A small model on several cores has an engine for each shard side by side.
-        """
-        with self._engines_lock:
-            for engine in self._engines:
-                if (engine.card, engine.numerics) == (plan.card, plan.numerics):
-                    self._engines.remove(engine)
-                    return engine
-            while self._engines:
-                self._engines.pop().unload()
-            engine = Engine(plan.card, plan.numerics, self._device, self._vram_gib)
-            self._loaded_model = None
-            engine.load()
-            self._loaded_model = plan.card.name
-            return engine
-
-    def _engines_back(self, engine: Engine) -> None:
-        with self._engines_lock:
-            self._engines.append(engine)
+        return ShardRunner(self._ledger, plan, renderer=self.name, device=self._device_name, meters=self._meters)

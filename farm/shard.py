@@ -7,19 +7,21 @@ and no Ray.
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Protocol
 
 from farm import __version__
-from farm.drawing import Drawing, Failure, ShardProgress
+from farm.drawing import Aside, Drawing, Failure, ShardProgress
 from farm.engine import Engine
 from farm.errors import (
     CancelledError,
     ObjectMissingError,
 )
 from farm.ledger import Ledger
+from farm.meters import Meters
 from farm.output import MAX_PENDING_BYTES, Names, Writer, Written
 from farm.plan import ImageSpec, Plan, card_identity
 from farm.prompts import PromptReader
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 WAKE_S = 0.2
 """How often a shard that waits for the device looks whether it was cancelled."""
 NOT_WRITTEN = "not_written"
+STAGES = ("encode", "denoise", "decode", "write")
+"""Stages whose seconds are counted; loading is counted where models are loaded."""
 
 
 class Place(Protocol):
@@ -44,7 +48,10 @@ class Place(Protocol):
 
 
 class ShardRunner:
-    """Renders shards of one plan, from several threads at once. `device` is what receipts call it."""
+    """Renders shards of one plan, from several threads at once. `device` is what receipts call it.
+
+    `meters` count what its receipts tell, each once: those that it stored itself.
+    """
 
     def __init__(
         self,
@@ -53,6 +60,7 @@ class ShardRunner:
         *,
         renderer: str,
         device: str,
+        meters: Meters | None = None,
         max_pending_bytes: int = MAX_PENDING_BYTES,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ):
@@ -60,6 +68,7 @@ class ShardRunner:
         self.plan = plan
         self._renderer = renderer
         self._device = device
+        self._meters = meters or Meters(renderer, "")
         self._max_pending_bytes = max_pending_bytes
         self._now = now
         self._prompts = PromptReader(plan, ledger)
@@ -79,6 +88,7 @@ class ShardRunner:
         cautious: bool = False,
         on_progress: Callable[[ShardProgress], None] = lambda progress: None,
         cancelled: Callable[[], bool] = lambda: False,
+        aside: Aside | None = None,
     ) -> Receipt:
         """Render a shard and commit its receipt; one that is there already is returned as it is.
 
@@ -87,7 +97,8 @@ class ShardRunner:
         become failed rows untried, since they ended their renderers. `alone`: images drawn outside their batch. `cautious`: so
         are all of them, and none is encoded before its turn. From the
         second `attempt` on every batch is announced before it starts. `on_progress` is called from several threads, one
-        at a time, and each call tells what was true after the one before.
+        at a time, and each call tells what was true after the one before. `aside`: other work that may have the device between
+        steps and batches; its seconds are in none of the receipt's.
 
         Raises CancelledError, StoreError, DeviceLostError, and what loading raises. No receipt is left then, and no
         thread.
@@ -109,6 +120,7 @@ class ShardRunner:
             announce=attempt > 1 or cautious,
             on_progress=on_progress,
             cancelled=cancelled,
+            aside=aside,
         )
         writer = Writer(
             self._ledger.store,
@@ -128,7 +140,7 @@ class ShardRunner:
                     on_device.release()
             draw.storing()
             written = {file.spec.index: file for file in writer.finish()}
-        seconds = draw.seconds | {"write": writer.seconds, "total": time.perf_counter() - started}
+        seconds = draw.seconds | {"write": writer.seconds, "total": time.perf_counter() - started - draw.aside_s}
         receipt = Receipt(
             job=plan.job,
             run=plan.run,
@@ -145,6 +157,7 @@ class ShardRunner:
             rows=tuple(self._row(spec, draw, written.get(spec.index), pass_number, attempt) for spec in specs),
         )
         if self._ledger.commit(plan, receipt):
+            _count(self._meters, plan.card.name, receipt)
             return receipt
         return self._ledger.receipt(plan, pass_number, shard)
 
@@ -197,6 +210,17 @@ class ShardRunner:
             device=self._device,
             carry=spec.carry,
         )
+
+
+def _count(meters: Meters, model: str, receipt: Receipt) -> None:
+    bulk = {"class": "bulk"}
+    for status, images in Counter(row.status for row in receipt.rows).items():
+        meters.count("farm_images_total", images, model=model, status=status, **bulk)
+    for code, images in Counter(row.error_code for row in receipt.rows if row.error_code).items():
+        meters.count("farm_failures_total", images, code=code, **bulk)
+    for stage in STAGES:
+        meters.count("farm_stage_seconds_total", receipt.seconds.get(stage, 0.0), model=model, stage=stage, **bulk)
+    meters.count("farm_stored_bytes_total", sum(row.size_bytes or 0 for row in receipt.rows), **bulk)
 
 
 def _acquire(lock: Place, cancelled: Callable[[], bool]) -> None:

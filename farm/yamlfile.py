@@ -1,8 +1,8 @@
-"""Read a YAML file into plain data that remembers its lines, and validate it into a record with readable errors.
+"""Read YAML or JSON into plain data that remembers its lines, and validate it into a record with readable errors.
 
 YAML 1.2 core: `yes` and `on` are text. Only mappings, lists, texts, numbers, booleans and null come out; tags, merge
 keys, doubled keys, NaN and infinity are refused. Anchors work, within a limit of expanded nodes. Every error names
-file and line, the key, the value, and what to do next.
+file and line, the key, the value, and what to do next. JSON is held to the same rules; its lines are not known.
 """
 
 import difflib
@@ -51,8 +51,12 @@ class Document:
 
 def read_yaml(path: str | Path, error: type[InputError], *, what: str) -> Document:
     """Read one YAML mapping. Raises `error`; `what` is the file's kind in its messages."""
-    shown = str(path)
-    text = _read_text(Path(path), error, what)
+    return parse_yaml(_read_file(Path(path), error, what), str(path), error, what=what)
+
+
+def parse_yaml(data: bytes, shown: str, error: type[InputError], *, what: str) -> Document:
+    """Parse the bytes of one YAML mapping; `shown` names them in messages. Raises `error`."""
+    text = _decoded(data, shown, error, what)
     if _DEEP.search(text):
         raise error(f"{shown}: nested too deep; a {what} needs a few levels only")
     try:
@@ -73,6 +77,38 @@ def read_yaml(path: str | Path, error: type[InputError], *, what: str) -> Docume
         )
     builder = _Builder(shown, error, yaml)
     return Document(path=shown, data=builder.build(node, (), 0), lines=builder.lines)
+
+
+def parse_json(data: bytes, shown: str, error: type[InputError], *, what: str) -> Document:
+    """Parse the bytes of one JSON object; `shown` names them in messages. Raises `error`."""
+    text = _decoded(data, shown, error, what)
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen: set[str] = set()
+            doubled = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise error(f"{shown}: the key {doubled!r:.60} stands twice in one object; keep one of them")
+        return found
+
+    def refuse(name: str) -> Any:
+        raise error(f"{shown}: {name} is no JSON number; write a finite one")
+
+    try:
+        found = json.loads(text, object_pairs_hook=fields, parse_constant=refuse)
+    except json.JSONDecodeError as exc:
+        raise error(f"{shown}:{exc.lineno}: not JSON: {exc.msg} in column {exc.colno}; mend it there") from exc
+    except RecursionError as exc:
+        raise error(f"{shown}: nested too deep; a {what} needs a few levels only") from exc
+    except ValueError as exc:  # a whole number of thousands of digits
+        raise error(f"{shown}: not JSON: {_one_line(exc)}; mend it") from exc
+    if not isinstance(found, dict):
+        kind = "a list" if isinstance(found, list) else "a single value"
+        raise error(f"{shown}: a {what} is an object of keys and values, got {kind}; write {{...}}")
+    fault = _plain_fault(found)
+    if fault is not None:
+        raise error(f"{shown}: {fault}")
+    return Document(path=shown, data=found, lines={})
 
 
 def validate(
@@ -114,25 +150,49 @@ def did_you_mean(word: str, names: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _read_text(path: Path, error: type[InputError], what: str) -> str:
+def _read_file(path: Path, error: type[InputError], what: str) -> bytes:
     try:
         if path.is_dir():
             raise error(f"{path}: this is a folder, not a {what}; name the file in it")
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            return file.read(MAX_BYTES + 1)
     except FileNotFoundError as exc:
         raise error(f"{path}: no such file; check the path") from exc
     except OSError as exc:
         raise error(f"{path}: cannot be read: {exc.strerror}; check its permissions") from exc
+
+
+def _decoded(data: bytes, shown: str, error: type[InputError], what: str) -> str:
     if len(data) > MAX_BYTES:
-        raise error(f"{path}: larger than {MAX_BYTES // 2**20} MiB; keep long lists in files of their own")
+        raise error(f"{shown}: larger than {MAX_BYTES // 2**20} MiB; keep long lists in files of their own")
     if b"\0" in data and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise error(f"{path}: binary data, not a {what}; name a YAML file")
+        raise error(f"{shown}: binary data, not a {what}; name a YAML file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         line = data[: exc.start].count(b"\n") + 1
-        raise error(f"{path}:{line}: not UTF-8 (byte 0x{data[exc.start]:02x}); save the file as UTF-8") from exc
+        raise error(f"{shown}:{line}: not UTF-8 (byte 0x{data[exc.start]:02x}); save the file as UTF-8") from exc
+
+
+def _plain_fault(value: Any) -> str | None:
+    """What is wrong with JSON data by the rules above, or None."""
+    waiting, nodes = [(value, 0)], 0
+    while waiting:
+        one, depth = waiting.pop()
+        nodes += 1
+        if nodes > MAX_NODES:
+            return f"more than {MAX_NODES} values; write less, or use files"
+        if depth > MAX_DEPTH:
+            return f"nested deeper than {MAX_DEPTH} levels; write it flat"
+        if isinstance(one, str) and _SURROGATE.search(one):
+            return "a text has half of a surrogate pair; write the character itself"
+        if isinstance(one, float) and not math.isfinite(one):
+            return "a number is too large to be one; write a finite one"
+        if isinstance(one, dict):
+            waiting += [(part, depth + 1) for pair in one.items() for part in pair]
+        elif isinstance(one, list):
+            waiting += [(part, depth + 1) for part in one]
+    return None
 
 
 def _one_line(exc: Exception) -> str:

@@ -13,7 +13,7 @@ from farm.engine import Engine
 from farm.ledger import Ledger
 from farm.manifest import Manifest, Output
 from farm.modelcard import ModelCard, ParamOverrides, RenderParams, SizeLimits, Source
-from farm.models.family import Decoded, Embedding, StepCallback, Tokens
+from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
 from farm.plan import ImageSpec, Numerics, Plan, PromptTable, SeedRule
 from farm.storage.local import LocalStore
 from farm.sweep import Template
@@ -86,6 +86,7 @@ class FakeFamily:
     """
 
     encodes_ahead = False
+    within: Within = "anything"
 
     def __init__(self, trouble: Callable[[Sequence[ImageSpec]], None] = lambda specs: None):
         self.trouble = trouble
@@ -93,6 +94,9 @@ class FakeFamily:
         self.denoised: list[tuple[int, ...]] = []
         self.recovered = 0
         self.loaded = False
+
+    def inside(self) -> "FakeFamily":
+        return self
 
     def load(self) -> None:
         self.loaded = True

@@ -2,7 +2,7 @@
 
 import json
 
-from farm.bench import dispatching, planning, scaling, throughput
+from farm.bench import dispatching, endpoint, planning, scaling, throughput
 from farm.bench.environment import environment
 
 
@@ -10,6 +10,9 @@ def main() -> None:
     print("Throughput of one renderer beside its peers\n")
     peers = throughput.measure(images=256, rounds=3)
     print(throughput.table(peers))
+    print("\nThe endpoint, urgent images behind bulk work, and serving beside peers\n")
+    served = endpoint.measure(images=100, bulk=480, rounds=3, load={1: 24, 8: 128, 64: 256})
+    print(endpoint.table(served))
     print("\nMany renderers, each only sleeping\n")
     renderers = scaling.measure(counts=(1, 2, 4, 8, 16, 32), images_each=40)
     print(scaling.table(renderers))
@@ -19,7 +22,7 @@ def main() -> None:
     print("\nThe dispatcher's rules with up to 10,000 renderers\n")
     rules = dispatching.measure()
     print(dispatching.table(rules))
-    found = {"throughput": peers, "scaling": renderers, "planning": plans, "dispatching": rules}
+    found = {"throughput": peers, "endpoint": served, "scaling": renderers, "planning": plans, "dispatching": rules}
     print(json.dumps({"environment": environment(), **found}))
 
 

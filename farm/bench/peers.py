@@ -8,17 +8,20 @@ same. Both take the stock pipeline with the card's steps and guidance, and a see
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL.Image import Image
 
 from farm.modelcard import find_card, source_folder
 from farm.settings import load_settings
 
 
-class Loop:
-    """The stock pipeline, loaded once; called with a batch of prompts, saves pictures named by their index."""
+class Stock:
+    """The stock pipeline, loaded once, with the card's steps and guidance."""
 
-    def __init__(self, folder: str, threads: int | None):
+    def __init__(self, threads: int | None):
         import torch
         from diffusers import ZImagePipeline
 
@@ -27,24 +30,36 @@ class Loop:
         self._card = find_card("sketch", load_settings())
         self._pipeline = ZImagePipeline.from_pretrained(source_folder(self._card.source), torch_dtype=torch.float32)
         self._pipeline.set_progress_bar_config(disable=True)
-        self._folder = Path(folder)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+        """One batch."""
         import torch
 
         card = self._card.defaults
-        images = self._pipeline(
-            prompt=[str(prompt) for prompt in batch["prompt"]],
-            negative_prompt=[""] * len(batch["prompt"]),
+        images: list[Image] = self._pipeline(
+            prompt=list(prompts),
+            negative_prompt=[""] * len(prompts),
             width=card.width,
             height=card.height,
             num_inference_steps=card.num_inference_steps,
             guidance_scale=card.guidance_scale,
             max_sequence_length=self._card.max_sequence_length,
-            generator=[torch.Generator("cpu").manual_seed(int(index)) for index in batch["index"]],
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         ).images
-        for index, image in zip(batch["index"], images, strict=True):
-            image.save(self._folder / f"{int(index):06d}.png")
+        return images
+
+
+class Loop:
+    """Called with a batch of prompts, saves pictures named by their index."""
+
+    def __init__(self, folder: str, threads: int | None):
+        self._stock = Stock(threads)
+        self._folder = Path(folder)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        prompts, indexes = [str(prompt) for prompt in batch["prompt"]], [int(index) for index in batch["index"]]
+        for index, image in zip(indexes, self._stock.draw(prompts, indexes), strict=True):
+            image.save(self._folder / f"{index:06d}.png")
         return {"index": batch["index"]}
 
 

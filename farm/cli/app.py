@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from farm import __version__
-from farm.cli import controls, datasets, jobs, machine, plan, render, retry, upkeep
+from farm.cli import controls, datasets, jobs, keys, machine, plan, prompt, render, retry, submit, up, upkeep
 from farm.cli.exits import EPILOG, Exit
 from farm.cli.terminal import print_error
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (render, plan, jobs, controls, retry, datasets, upkeep, machine):
+for group in (render, plan, submit, jobs, controls, retry, datasets, upkeep, prompt, up, keys, machine):
     group.register(app)
 
 
@@ -51,7 +51,7 @@ def run() -> NoReturn:
     abort the interpreter while it takes itself down, which would turn a command that ended well into a crash. So it is
     not taken down. The commands that start Ray run in a child, which Ray may end as it likes.
     """
-    if sys.argv[1:2] not in (["render"], ["retry"]):
+    if sys.argv[1:2] not in (["render"], ["retry"], ["up"]):
         os._exit(_run())
     from farm.cli.guard import CommandDiedError, guarded
 

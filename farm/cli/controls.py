@@ -1,13 +1,16 @@
 """`farm pause`, `resume`, `cancel`, `approve`, `change`: what is said to a job.
 
 A control is an object in the store, written before the command answers. A farm at work on the job looks for it every
-second and stops within a denoising step; nothing here attaches to one, which takes longer than that.
+second and stops within a denoising step; nothing here attaches to one, which takes longer than that. With an endpoint's
+address the control is said to that farm, which writes it.
 """
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farm.cli import remote
 from farm.cli.exits import Exit
 from farm.cli.jobs import Job
 from farm.cli.moment import now_iso, whoami
@@ -21,11 +24,11 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    command(app, "pause")(pause)
-    command(app, "resume")(resume)
-    command(app, "cancel")(cancel)
-    command(app, "approve")(approve)
-    command(app, "change")(change)
+    command(app, "pause", remote=True)(pause)
+    command(app, "resume", remote=True)(resume)
+    command(app, "cancel", remote=True)(cancel)
+    command(app, "approve", remote=True)(approve)
+    command(app, "change", remote=True)(change)
 
 
 def pause(options: Options, job: Job) -> Exit:
@@ -33,6 +36,9 @@ def pause(options: Options, job: Job) -> Exit:
 
     Renderers at work on it stop within a denoising step and take other jobs. `farm render` does not lift a pause by itself.
     """
+    if (farm := options.endpoint()) is not None:
+        with farm:
+            return remote.show_said(options, farm.pause(job))
     from farm import controls
 
     return _ended(options, controls.pause(options.open_ledger(), job, at=now_iso(), by=whoami()))
@@ -43,6 +49,9 @@ def resume(options: Options, job: Job) -> Exit:
 
     Starts nothing: a farm that runs goes on with it within seconds.
     """
+    if (farm := options.endpoint()) is not None:
+        with farm:
+            return remote.show_said(options, farm.resume(job))
     from farm import controls
 
     return _ended(options, controls.resume(options.open_ledger(), job, at=now_iso(), by=whoami()), needs_farm=True)
@@ -53,6 +62,9 @@ def cancel(options: Options, job: Job) -> Exit:
 
     Renderers at work on it stop within a denoising step. `farm resume`, or `farm render` of its manifest, goes on with it.
     """
+    if (farm := options.endpoint()) is not None:
+        with farm:
+            return remote.show_said(options, farm.cancel(job))
     from farm import controls
 
     return _ended(options, controls.cancel(options.open_ledger(), job, at=now_iso(), by=whoami()))
@@ -64,6 +76,9 @@ def approve(options: Options, job: Job) -> Exit:
     Look at the pilot's contact sheet first; `farm status JOB` says where it is. Said before the pilot is done, the job does
     not wait.
     """
+    if (farm := options.endpoint()) is not None:
+        with farm:
+            return remote.show_said(options, farm.approve(job))
     from farm import controls
 
     return _ended(options, controls.approve(options.open_ledger(), job, at=now_iso(), by=whoami()), needs_farm=True)
@@ -90,7 +105,6 @@ def change(
 
     A job that stopped at a limit goes on when the limit is raised.
     """
-    from farm import controls
     from farm.limits import Changes
 
     changes = Changes(priority=priority, finish_by=finish_by, gpu_hours=gpu_hours, max_images=max_images)
@@ -98,6 +112,12 @@ def change(
         raise ControlError(
             f"nothing to change of {job} is given; give --priority, --max-images, --gpu-hours or --finish-by"
         )
+    if (farm := options.endpoint()) is not None:
+        with farm:
+            given = dataclasses.asdict(changes)
+            return remote.show_said(options, farm.change(job, **given))
+    from farm import controls
+
     said = controls.change(options.open_ledger(), job, changes, at=now_iso(), by=whoami())
     limited = any(limit is not None for limit in (finish_by, gpu_hours, max_images))
     return _ended(options, said, needs_farm=limited and said.control is not None)

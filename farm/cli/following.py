@@ -30,10 +30,39 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 Ask = Callable[[], "JobProgress"]
 
 
+class Snapshot(Protocol):
+    """What a line shows of a job: JobProgress has it, and so has what an endpoint tells."""
+
+    @property
+    def job(self) -> str: ...
+    @property
+    def pass_number(self) -> int: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def images(self) -> int: ...
+    @property
+    def done(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def fraction(self) -> float: ...
+    @property
+    def images_per_s(self) -> float | None: ...
+    @property
+    def eta_s(self) -> float | None: ...
+    @property
+    def renderers(self) -> int: ...
+    @property
+    def renderers_busy(self) -> int: ...
+    @property
+    def message(self) -> str | None: ...
+
+
 class Line(Protocol):
     """Where progress is shown."""
 
-    def show(self, progress: "JobProgress") -> None:
+    def show(self, progress: Snapshot) -> None:
         """Show a snapshot."""
 
 
@@ -45,7 +74,7 @@ class PlainLine:
         self._state = ""
         self._shown_at = 0.0
 
-    def show(self, progress: "JobProgress") -> None:
+    def show(self, progress: Snapshot) -> None:
         """Print the snapshot if one is due."""
         now = self._clock()
         if progress.state == self._state and now - self._shown_at < PLAIN_EVERY_S:
@@ -62,7 +91,7 @@ class BarLine:
         self._bars = bars
         self._task: TaskID = bars.add_task(job, total=1.0, said="")
 
-    def show(self, progress: "JobProgress") -> None:
+    def show(self, progress: Snapshot) -> None:
         """Move the bar."""
         self._bars.update(self._task, completed=progress.fraction, said=measures(progress))
 
@@ -109,7 +138,7 @@ def progress_line(job: str, *, quiet: bool = False) -> Iterator[Line]:
         yield BarLine(bars, job)
 
 
-def news(progress: "JobProgress") -> str | None:
+def news(progress: Snapshot) -> str | None:
     """What people should hear about a job that goes on; None where it is nothing but work."""
     if progress.state not in RUNNING:
         return None
@@ -119,7 +148,7 @@ def news(progress: "JobProgress") -> str | None:
     return progress.message
 
 
-def measures(progress: "JobProgress") -> str:
+def measures(progress: Snapshot) -> str:
     """Images done, speed, time left, renderers busy: `12/43 images · 2.1 images/s · 15 s left · 1/1 renderers busy`.
 
     Of shards in hand as many images count as their steps make up, so that the line moves before the first receipt.
@@ -138,7 +167,7 @@ def measures(progress: "JobProgress") -> str:
     return " · ".join(said)
 
 
-def sentence(progress: "JobProgress") -> str:
+def sentence(progress: Snapshot) -> str:
     """A whole line for a log."""
     retried = f" (pass {progress.pass_number})" if progress.pass_number > 1 else ""
     return f"{progress.job}{retried}: {progress.state}, {measures(progress)}"

@@ -2,15 +2,16 @@
 
 import sys
 import time
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farm.cli import remote
 from farm.cli.exits import Exit
 from farm.cli.moment import now_iso
 from farm.cli.options import Options, command
-from farm.cli.summary import gpu_time, places, show_failures, totals_record
+from farm.cli.summary import gpu_time, places, show_failures
 from farm.cli.terminal import note, print_error, print_json, print_table, say
 from farm.cli.wording import age, count, duration, gpu_hours, printable, size
 from farm.errors import RecordError, UnknownJobError
@@ -29,7 +30,7 @@ Job = Annotated[str, typer.Argument(metavar="JOB", help="A job's name: the manif
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    command(app, "status")(status)
+    command(app, "status", remote=True)(status)
 
 
 def status(
@@ -42,9 +43,12 @@ def status(
 ) -> Exit:
     """Show how jobs stand.
 
-    Reads the store alone: no farm needs to run. A job is open, paused, cancelled or done; `pilot` when its pilot is done and
-    waits for `farm approve`.
+    Reads the store alone: no farm needs to run. With an address (FARM_URL) it asks that farm. A job is open, paused, cancelled
+    or done; `pilot` when its pilot is done and waits for `farm approve`.
     """
+    if (farm := options.endpoint()) is not None:
+        with farm:
+            return remote.status(options, farm, job, watch=watch)
     ledger = options.open_ledger()
     while True:
         damaged: list[Damaged] = []
@@ -97,7 +101,9 @@ def _one_job(ledger: "Ledger", job: str) -> "JobStatus":
 
 def _show(options: Options, ledger: "Ledger", jobs: list["JobStatus"], damaged: list[Damaged], *, whole: bool) -> None:
     if options.json:
-        records = [_record(one) for one in jobs]
+        from farm.jobrecord import job_record
+
+        records = [job_record(one).model_dump() for one in jobs]
         unread = [{"job": one.job, "code": one.error.code, "message": one.error.message} for one in damaged]
         print_json(records[0] if whole else {"jobs": records, "damaged": unread})
         return
@@ -203,37 +209,3 @@ def _advice(found: "JobStatus") -> str | None:
     if left is not None and left <= 0:
         return f"its finish_by has passed; give it a later one: farm change {job} --finish-by T"
     return "farm render of the same manifest goes on with it"
-
-
-def _record(one: "JobStatus") -> dict[str, Any]:
-    last = one.last.model_dump(exclude={"version"}, exclude_none=True) if one.last else None
-    return {
-        "job": one.job,
-        "state": one.state,
-        "model": one.model,
-        "owner": one.owner,
-        **asdict(one.limits),
-        "approved": one.approved,
-        "said_last": last,
-        "images": one.images,
-        "done": one.done,
-        "failed": one.failed,
-        "created_at": one.created_at,
-        "finished_at": one.finished_at,
-        "runs": [
-            {
-                "run": run.run,
-                "pass_number": run.pass_number,
-                "images": run.images,
-                "pilot": run.pilot,
-                "done": run.done,
-                "failed": run.failed,
-                "finished": run.finished,
-                "shards": run.shards,
-                "shards_done": run.shards_done,
-                "created_at": run.created_at,
-                "totals": totals_record(run.totals) if run.totals else None,
-            }
-            for run in one.runs
-        ],
-    }

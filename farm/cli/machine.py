@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from farm.cli import remote
 from farm.cli.exits import Exit
 from farm.cli.options import Options, command
 from farm.cli.terminal import note, print_json, print_table, say
@@ -14,7 +15,7 @@ MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    command(app, "models")(models)
+    command(app, "models", remote=True)(models)
     command(app, "doctor")(doctor)
 
 
@@ -24,8 +25,12 @@ def models(
 ) -> Exit:
     """List the models that a manifest may name.
 
-    With a name, that model's limits, defaults and presets.
+    With a name, that model's limits, defaults and presets. With an address (FARM_URL), that farm's models and how soon each could
+    draw.
     """
+    if (farm := options.endpoint()) is not None:
+        with farm:
+            return remote.show_models(options, farm, name)
     from farm.doctor import weights_of
     from farm.modelcard import find_card, list_cards
 

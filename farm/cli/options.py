@@ -18,15 +18,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farm.cli.exits import Exit, exit_code
-from farm.cli.terminal import log_to_stderr, print_error
-from farm.errors import FarmError
+from farm.cli.terminal import log_to_stderr, note, print_error
+from farm.errors import FarmError, SettingsError
 
 if TYPE_CHECKING:
+    from farm.client import Client
     from farm.ledger import Ledger
     from farm.settings import Settings
     from farm.storage.base import ObjectStore
 
 _BREAK = re.compile(r"(?<!\n)\n(?!\n)")
+
+RENDERING = frozenset({"boto3", "diffusers", "fastapi", "filelock", "numpy", "psutil", "pyarrow", "ray", "torch"})
+"""Packages of the extra `farm` that commands come upon first."""
 
 Command = Callable[..., Exit | None]
 
@@ -40,6 +44,26 @@ class Options:
     models: Path | None = None
     json: bool = False
     verbose: bool = False
+    url: str | None = None
+
+    def endpoint(self) -> "Client | None":
+        """Return a client of the endpoint that the command is to speak to; None where it works on a store.
+
+        A flag goes before the settings, and there an endpoint before a store. Raises SettingsError.
+        """
+        if self.store is not None:
+            if self.url is not None:
+                raise SettingsError("--store and --url exclude each other; leave one of them out")
+            return None
+        if self.url is None and self.settings().url is None:
+            return None
+        return self.client()
+
+    def client(self) -> "Client":
+        """Return a client of the endpoint that `--url` or the settings name. Raises SettingsError where none does."""
+        from farm.client import Client
+
+        return Client(self.url)
 
     def settings(self, **own: object) -> "Settings":
         """Read the settings: these flags, and a command's `own`, over `FARM_*` variables over `farm.toml`.
@@ -61,6 +85,9 @@ class Options:
         """Open the ledger in the store that the settings name."""
         from farm.ledger import Ledger
 
+        settings = settings or self.settings()
+        if settings.url is not None and "store" not in settings.model_fields_set:
+            note(f"note: this works on the store {settings.store}, not on the farm of FARM_URL")
         return Ledger(self.open_store(settings))
 
 
@@ -117,18 +144,36 @@ SHARED = (
     ),
 )
 
+REMOTE = keyword(
+    "url",
+    Annotated[
+        str | None,
+        typer.Option(
+            "--url",
+            metavar="URL",
+            help="The endpoint of a farm that is up, in place of a store (FARM_URL; its key: FARM_KEY).",
+            rich_help_panel=PANEL,
+        ),
+    ],
+    None,
+)
 
-def command(app: typer.Typer, name: str) -> Callable[[Command], Command]:
-    """Register a function whose first parameter is `Options` as a command that also takes the shared flags."""
+
+def command(app: typer.Typer, name: str, *, remote: bool = False) -> Callable[[Command], Command]:
+    """Register a function whose first parameter is `Options` as a command that also takes the shared flags.
+
+    `remote`: it can speak to an endpoint, and takes `--url`.
+    """
+    shared_flags = (*SHARED, REMOTE) if remote else SHARED
 
     def register(function: Command) -> Command:
         def call(**given: Any) -> None:
-            shared = {parameter.name: given.pop(parameter.name) for parameter in SHARED}
+            shared = {parameter.name: given.pop(parameter.name) for parameter in shared_flags}
             _run(function, Options(**shared), given)
 
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        parameters = [*own, *SHARED]
+        parameters = [*own, *shared_flags]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         call.__doc__ = _BREAK.sub(" ", inspect.getdoc(function) or "")  # the window breaks lines, not the source
@@ -151,6 +196,15 @@ def _run(function: Command, options: Options, own: dict[str, Any]) -> None:
             traceback.print_exc()
         print_error(error.code, error.message, as_json=options.json)
         code = exit_code(error)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in RENDERING:
+            raise
+        message = (
+            f"this needs {error.name}, which a client's installation leaves out; install the whole farm with "
+            "pip install 'diffusion-farm[farm]', or name a farm's endpoint with FARM_URL"
+        )
+        print_error(SettingsError.code, message, as_json=options.json)
+        code = Exit.INPUT
     except KeyboardInterrupt as stop:
         print_error("interrupted", f"interrupted{': ' if str(stop) else ''}{stop}", as_json=options.json)
         code = Exit.INTERRUPTED

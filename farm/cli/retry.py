@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farm.cli import remote
 from farm.cli.exits import Exit
 from farm.cli.jobs import Job
 from farm.cli.moment import now_iso, whoami
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    command(app, "retry")(retry)
+    command(app, "retry", remote=True)(retry)
 
 
 def retry(
@@ -45,12 +46,17 @@ def retry(
     """Render the failed images of a job again, or all, or those listed.
 
     They become a new pass, and what it renders takes the place of what was there. A job that is not done yet goes on
-    first; a paused or cancelled one is resumed.
+    first; a paused or cancelled one is resumed. With an address (FARM_URL) that farm renders them.
     """
-    from farm.controls import parse_indexes, retry
-
     if every and images is not None:
         raise ControlError("--all and --images exclude each other; leave one of them out")
+    if (farm := options.endpoint()) is not None:
+        with farm:
+            return remote.show_said(
+                options, farm.retry(job, images="all" if every else images, damaged=damaged, run=run)
+            )
+    from farm.controls import parse_indexes, retry
+
     which: Which = "all" if every else "failed" if images is None else parse_indexes(images)
     settings = options.settings(renderers=renderers)
     ledger = options.open_ledger(settings)

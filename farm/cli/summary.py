@@ -43,11 +43,6 @@ def gpu_time(totals: "Totals") -> str:
     return f"{duration(totals.gpu_seconds)}{loading}{planned}"
 
 
-def totals_record(totals: "Totals") -> dict[str, Any]:
-    """Totals as JSON."""
-    return {**totals.model_dump(exclude={"version"}), "gpu_seconds": totals.gpu_seconds}
-
-
 def show_failures(ledger: "Ledger", plan: "Plan") -> None:
     """Print a run's failed images by error code, with an example of each."""
     from farm.status import failure_groups
@@ -116,5 +111,7 @@ def _show(options: Options, ledger: "Ledger", plan: "Plan", totals: "Totals", *,
 
 
 def _record(ledger: "Ledger", plan: "Plan", totals: "Totals") -> dict[str, Any]:
+    from farm.jobrecord import totals_record
+
     left = 0 if ledger.finished(plan) else plan.images - (plan.pilot or 0)
     return {"run": plan.run, "left": left, **totals_record(totals), **places(ledger, plan)}

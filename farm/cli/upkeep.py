@@ -69,8 +69,9 @@ def gc(
 ) -> Exit:
     """Remove what nothing can point at.
 
-    Pictures of closed passes that no receipt names, deletes that were broken off, and, once they are a day old by the
-    store's clock, what submissions, farms and uploads that died left behind. A run with an open pass is not touched.
+    Pictures of closed passes that no receipt names, images of the endpoint that were kept long enough, deletes that were
+    broken off, and, once they are a day old by the store's clock, what submissions, farms and uploads that died left behind.
+    A run with an open pass is not touched.
     """
     from farm.garbage import collect
 

@@ -6,7 +6,7 @@ jobs, files or threads; the engine calls it from one thread. Imports no torch, s
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -40,10 +40,27 @@ class Decoded:
     finite: tuple[bool, ...]
 
 
+Within = Literal["anything", "encoded", "nothing"]
+"""What may be drawn within a denoising step: any prompts, those that are encoded already, or nothing."""
+
+
 class Family(Protocol):
-    """One model, loaded on one device. `encodes_ahead`: the encoder leaves the device before denoising starts."""
+    """One model, loaded on one device. `encodes_ahead`: the encoder leaves the device before denoising starts.
+
+    `within`: what may be drawn while another batch is between two of its steps.
+    """
 
     encodes_ahead: bool
+
+    @property
+    def within(self) -> Within:
+        """Follows from how the model is placed; known once it is loaded."""
+
+    def inside(self) -> "Family":
+        """Return a family over the same weights that draws a batch within a step of this one and leaves no trace in it.
+
+        One level deep; it is done with when this one unloads.
+        """
 
     def load(self) -> None:
         """Place and load. Raises ModelCardError for missing or broken weights, PlacementError for what cannot fit."""

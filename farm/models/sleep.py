@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
-from farm.models.family import Decoded, Embedding, StepCallback, Tokens
+from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
 from farm.plan import ImageSpec
 
 STEP_S = 0.010
@@ -19,9 +19,14 @@ class SleepFamily:
     """Renders by sleeping."""
 
     encodes_ahead = False
+    within: Within = "anything"
 
     def __init__(self, sleep: Callable[[float], None] = time.sleep):
         self._sleep = sleep
+
+    def inside(self) -> "SleepFamily":
+        """Sleep keeps nothing between two calls."""
+        return self
 
     def load(self) -> None:
         """Nothing to load."""

@@ -4,6 +4,7 @@ Prompts are encoded one at a time and without padding, noise is drawn per image 
 its batch mates in float rounding alone. Denoising is the stock pipeline's loop; decoding keeps its order of operations.
 """
 
+import copy
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from farm.modelcard import ModelCard
 from farm.models.device import GIB, Device, Part
-from farm.models.family import Decoded, Embedding, StepCallback, Tokens
+from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
 from farm.models.loading import load_part, locate, part_bytes
 from farm.models.zimage_steps import StepTransformer
 from farm.placement import Needs, Placement, place
@@ -95,7 +96,9 @@ class ZImageFamily:
         self._text_encoder = load("text_encoder", Qwen3Model, **weights).eval()
         self._transformer = load("transformer", ZImageTransformer2DModel, **weights).eval()
         self._vae = load("vae", AutoencoderKL, **weights).eval()
-        scheduler = load("scheduler", FlowMatchEulerDiscreteScheduler)
+        self._open_pipeline(load("scheduler", FlowMatchEulerDiscreteScheduler))
+
+    def _open_pipeline(self, scheduler: FlowMatchEulerDiscreteScheduler) -> None:
         self._steps = StepTransformer(self._transformer)
         # This pipeline denoises only: its device and dtype are those of the transformer, the one module that it holds.
         pipeline = ZImagePipeline(
@@ -105,6 +108,19 @@ class ZImageFamily:
         pipeline.vae_scale_factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
         pipeline.set_progress_bar_config(disable=True)
         self._pipeline = pipeline
+
+    @property
+    def within(self) -> Within:
+        """Anything where all parts stay on the device; where the encoder leaves, what is encoded, if the others stay."""
+        if self.placement is None or self.placement.layout == "resident":
+            return "anything"
+        return "encoded" if self.placement.denoise == self.placement.decode else "nothing"
+
+    def inside(self) -> "ZImageFamily":
+        """Share the modules and where they lie; have a pipeline, a scheduler and a step's memory of its own."""
+        inner = copy.copy(self)
+        inner._open_pipeline(FlowMatchEulerDiscreteScheduler.from_config(self._pipeline.scheduler.config))
+        return inner
 
     def unload(self) -> None:
         """Let go of all weights and device memory."""

@@ -54,6 +54,33 @@ def test_phases_change_no_pixel_and_leave_nothing_behind(folder: Path) -> None:
     assert next(phased._text_encoder.parameters()).device.type == "cpu"
 
 
+def test_a_batch_drawn_within_each_step_changes_no_pixel_on_the_gpu(folder: Path) -> None:
+    engine = Engine(card(folder, **CUDA_CARD), numerics(device="cuda"), "cuda:0", 16.0)
+    engine.load()
+    inner = engine.inside()
+    assert inner is not None
+    undisturbed, within, disturbed = draw(engine), list[Picture](), list[Picture]()
+    urgent = inner.batches([spec(7, "green", width=96, guidance_scale=4.0)])[0]
+
+    def between_steps() -> float:
+        engine.synchronize()
+        inner.render_batch(urgent, on_picture=within.append, on_step=lambda step: None, cancelled=lambda: False)
+        return 0.001
+
+    engine.render_batch(
+        engine.batches([picture.spec for picture in undisturbed])[0],
+        on_picture=disturbed.append,
+        on_step=lambda step: None,
+        cancelled=lambda: False,
+        between_steps=between_steps,
+    )
+    alone: list[Picture] = []
+    engine.render(urgent.specs, on_picture=alone.append)
+    assert len(within) == 3
+    pairs = (*zip(disturbed, undisturbed, strict=True), *((each, alone[0]) for each in within))
+    assert all(np.array_equal(one.pixels, other.pixels) for one, other in pairs)
+
+
 def test_torch_is_held_to_the_budget() -> None:
     device = Device("cuda:0", vram_gib=3.0)
     device.hold_to_budget()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -123,6 +124,75 @@ def test_seconds_are_told_by_stage() -> None:
     seconds = engine(FakeFamily()).render([spec(0)], on_picture=lambda picture: None)
     assert sorted(seconds) == ["decode", "denoise", "encode"]
     assert all(took >= 0 for took in seconds.values())
+
+
+def test_seconds_that_others_took_between_steps_are_told_nowhere() -> None:
+    renderer, pictures = engine(FakeFamily()), []
+    batch = renderer.batches([spec(0)])[0]
+
+    def between_steps() -> float:
+        time.sleep(0.02)
+        return 0.02
+
+    started = time.perf_counter()
+    seconds = renderer.render_batch(
+        batch,
+        on_picture=pictures.append,
+        on_step=lambda step: None,
+        cancelled=lambda: False,
+        between_steps=between_steps,
+    )
+    took = time.perf_counter() - started
+    assert 0 < sum(seconds.values()) <= took - 3 * 0.02
+    assert pictures[0].seconds == pytest.approx(sum(seconds.values()))
+
+
+def test_a_cancel_that_came_while_others_had_the_device_is_heard_before_the_next_step() -> None:
+    renderer, steps, stop = engine(FakeFamily()), [], []
+    with pytest.raises(CancelledError):
+        renderer.render_batch(
+            renderer.batches([spec(0)])[0],
+            on_picture=lambda picture: None,
+            on_step=steps.append,
+            cancelled=lambda: bool(stop),
+            between_steps=lambda: stop.append(True) or 0.5,
+        )
+    assert [step.step for step in steps if step.stage == "denoise"] == [1]
+
+
+def test_the_engine_within_a_step_shares_the_embeddings_and_goes_when_the_model_goes() -> None:
+    family = FakeFamily()
+    outer = engine(family)
+    inner = outer.inside()
+    assert inner is not None
+    assert inner is outer.inside()
+    inner.render([spec(0)], on_picture=lambda picture: None)
+    outer.render([spec(1)], on_picture=lambda picture: None)
+    assert len(family.encoded) == 2
+    outer.unload()
+    assert outer.inside() is not inner
+    family.within = "nothing"
+    outer.unload()
+    assert outer.inside() is None
+
+
+def test_a_batch_fits_within_a_step_where_nothing_has_to_come_to_the_device() -> None:
+    family = FakeFamily()
+    renderer = engine(family)
+    known, new = (renderer.batches([spec(0, prompt)])[0] for prompt in ("known", "new"))
+    renderer.render([spec(0, "known")], on_picture=lambda picture: None)
+    fits = []
+    for within in ("anything", "encoded", "nothing"):
+        family.within = within
+        fits.append([renderer.fits_within_a_step(batch) for batch in (known, new)])
+    assert fits == [[True, True], [True, False], [False, False]]
+
+
+def test_batches_may_be_cut_smaller_than_the_plans_and_never_larger() -> None:
+    renderer = engine(FakeFamily())
+    specs = [spec(i) for i in range(6)]
+    sizes = [[len(batch.specs) for batch in renderer.batches(specs, most=most)] for most in (None, 2, 100)]
+    assert sizes == [[4, 2], [2, 2, 2], [4, 2]]
 
 
 def test_other_versions_and_other_devices_are_refused() -> None:

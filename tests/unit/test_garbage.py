@@ -14,10 +14,11 @@ from farm.export import finalise
 from farm.garbage import GRACE_S, Garbage, collect
 from farm.ledger import Ledger
 from farm.removal import Removed, tombstone_key
+from farm.singles import Single, Singles, single_id
 from farm.storage.base import ObjectInfo
 from farm.storage.local import LocalStore
 from farm.verify import verify
-from tests.unit.finished_jobs import commit_shard, make_job, make_ledger, make_plan
+from tests.unit.finished_jobs import CARD, commit_shard, make_job, make_ledger, make_plan
 from tests.unit.storage.test_contract import Unconditional
 
 SAID = {"at": "2026-11-21T10:00:00+00:00", "by": "me@here"}
@@ -317,3 +318,44 @@ def test_after_any_history_every_row_still_finds_its_picture(
     assert before - after == (set() if open_pass else set(littered) - pointed)
     if not open_pass:
         assert verify(ledger, plan).sound
+
+
+def test_single_images_past_their_time_go_and_others_stay(tmp_path: Path) -> None:
+    ledger = make_ledger(tmp_path)
+    singles = Singles(ledger.store)
+    made = {}
+    for number, keep_until in enumerate(("2026-11-20T00:00:00+00:00", "2026-12-20T00:00:00+00:00", None)):
+        single = Single(
+            id=single_id(1_795_000_000.0, lambda bits, number=number: number),
+            created_at="2026-11-18T11:06:40+00:00",
+            keep_until=keep_until,
+            owner="ann",
+            model="shapes",
+            prompt="a shape",
+            seed=number,
+            params=CARD.defaults,
+            format="png",
+            size_bytes=7,
+            sha256="0" * 64,
+            seconds=0.5,
+            renderer="renderer-0",
+            device="CPU",
+        )
+        singles.put(single, b"picture")
+        made[number] = single
+    counted = gone(ledger, dry_run=True)
+    assert counted[0] == set()
+    found, garbage = gone(ledger)
+    assert found == {f"singles/20261118/{made[0].id}.json", made[0].picture_key}
+    assert garbage.removed["singles"] == counted[1].removed["singles"]
+    assert garbage.removed["singles"].objects == 2
+    assert gone(ledger) == (set(), Garbage())
+
+
+def test_a_single_image_that_cannot_be_read_is_kept_and_named(tmp_path: Path) -> None:
+    ledger = make_ledger(tmp_path)
+    key = "singles/20261118/20261118-46400000-000000000000.json"
+    ledger.store.put(key, b"{}")
+    found, garbage = gone(ledger)
+    assert found == set()
+    assert [one.what for one in garbage.kept] == [f"image {key}"]

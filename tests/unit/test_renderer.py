@@ -14,7 +14,14 @@ import pytest
 from farm.cores import Cores
 from farm.dispatch import Dispatch
 from farm.drawing import ShardProgress
-from farm.errors import CancelledError, DeviceLostError, FarmUnavailableError, StoreUnavailableError
+from farm.errors import (
+    CancelledError,
+    DeviceLostError,
+    FarmUnavailableError,
+    NumericsError,
+    RendererDiedError,
+    StoreUnavailableError,
+)
 from farm.lease import (
     STAGE_LIMIT_S,
     Ask,
@@ -31,12 +38,16 @@ from farm.lease import (
     Revoke,
 )
 from farm.ledger import Ledger, Totals
-from farm.plan import Plan, PromptTable
+from farm.manifest import Output
+from farm.plan import ImageSpec, Plan, PromptTable
+from farm.portion import Portion
+from farm.provenance import read_picture
 from farm.rebuild import completion_of, read_job
 from farm.renderer import REPLACED_EXIT, STUCK_EXIT, Renderer
 from farm.shard import ShardRunner
 from farm.storage.local import LocalStore
 from farm.sweep import Template
+from farm.tally import Snapshot
 from farm.task import Task
 from farm.watchdog import Watchdog
 from tests.unit.finished_jobs import make_plan
@@ -54,6 +65,7 @@ class InProcess:
         self.given_back: list[GiveBack] = []
         self.completed: list[Lease] = []
         self.beats: list[Beat] = []
+        self.snapshots: list[Snapshot] = []
         self.every_s: float | None = None
         self.renderers: dict[str, Renderer] = {}
         self.restart()
@@ -115,6 +127,10 @@ class InProcess:
         self.given_back.append(end)
         self.dispatch.give_back(end, now=self.now)
         self.act()
+
+    async def report(self, snapshot: Snapshot) -> None:
+        self._answer()
+        self.snapshots.append(snapshot)
 
 
 @pytest.fixture
@@ -509,6 +525,220 @@ def test_beats_come_at_the_pace_that_the_dispatcher_asks_for(ledger, plan):
     link.every_s = 7.5
     asyncio.run(renderer._renew())
     assert renderer._beat_s == 7.5
+
+
+def portion(plan: Plan, token: str = "t", images: int = 1, *, steps: int = 1, **changes: Any) -> Portion:
+    """Urgent images of a plan's model."""
+    params = plan.params.model_copy(update={"num_inference_steps": steps})
+    specs = tuple(ImageSpec(i, 0, None, "urgent", 1000 + i, params, {}) for i in range(images))
+    fields = {"owner": "ann", "card": plan.card, "numerics": plan.numerics} | changes
+    return Portion(token, specs=specs, output=Output(), **fields)
+
+
+def draw_meanwhile(renderer: Renderer, ready: Callable[[], object], *portions: Portion) -> list[Any]:
+    """Let a renderer work, draw portions all at once as soon as something is true, and return answers or errors."""
+
+    async def main() -> list[Any]:
+        work = asyncio.create_task(renderer.work())
+        await until(ready)
+        ends = await asyncio.wait_for(
+            asyncio.gather(*(renderer.draw(each) for each in portions), return_exceptions=True), 20
+        )
+        renderer.retire()
+        await asyncio.wait_for(work, 20)
+        return ends
+
+    return asyncio.run(main())
+
+
+def at_work(renderer: Renderer) -> bool:
+    return any(task.progress.stage == "denoise" for task in renderer._tasks.values())
+
+
+def test_an_idle_renderer_draws_what_is_urgent_and_tells_which_model_it_has(ledger, plan):
+    link = InProcess(ledger, plan.job)
+    link.away = True
+    renderer = make_renderer(ledger, link)
+    answers = draw_meanwhile(renderer, lambda: True, portion(plan, "a", 2), portion(plan, "b"))
+    assert [len(answer.images) for answer in answers] == [2, 1]
+    assert {(answer.renderer, answer.device) for answer in answers} == {("renderer-0", "a CPU")}
+    found = read_picture(answers[0].images[1].data)
+    assert (found.provenance.prompt, found.provenance.seed, found.provenance.index) == ("urgent", 1001, 1)
+    assert renderer._engines.loaded_model == plan.card.name
+
+
+def test_urgent_images_cut_into_a_shard_which_ends_as_it_would_have(ledger, plan):
+    slow = slower(plan, steps=30)
+    assert ledger.create_plan(slow, 2)
+    ledger.put_totals(plan, 1, _totals())
+    link = InProcess(ledger, plan.job)
+    renderer = make_renderer(ledger, link)
+    answers = []
+
+    async def main() -> None:
+        work = asyncio.create_task(renderer.work())
+        await until(lambda: at_work(renderer))
+        for n in range(5):
+            answers.append(await asyncio.wait_for(renderer.draw(portion(plan, f"t{n}")), 20))
+            assert renderer._tasks
+        await until(lambda: link.completed)
+        renderer.retire()
+        await asyncio.wait_for(work, 20)
+
+    asyncio.run(main())
+    samples = renderer._meters.snapshot().samples
+    waited = {s.labels[0][1]: s.value for s in samples if s.name == "farm_urgent_wait_seconds_count"}
+    assert set(waited) <= {"step", "batch"}
+    assert sum(waited.values()) == 5
+    assert [row.status for row in ledger.receipt(slow, 1, link.completed[0].shard).rows] == ["ok"] * 4
+    assert link.given_back[:-2] == []
+
+
+def test_a_dropped_portion_ends_within_a_step_and_the_shard_goes_on(ledger, plan):
+    link = InProcess(ledger, plan.job)
+    renderer = make_renderer(ledger, link)
+
+    async def main() -> None:
+        work = asyncio.create_task(renderer.work())
+        drawing = asyncio.create_task(renderer.draw(portion(plan, "long", steps=10_000)))
+        await until(lambda: renderer._urgent.in_hand)
+        renderer.drop("long")
+        with pytest.raises(CancelledError, match="the portion was dropped"):
+            await asyncio.wait_for(drawing, 20)
+        await until(lambda: link.dispatch.progress(plan.job).state == "done")
+        renderer.retire()
+        await asyncio.wait_for(work, 20)
+
+    asyncio.run(main())
+    assert ledger.totals(plan).ok == 16
+
+
+def test_who_stops_waiting_for_a_portion_drops_it(ledger, plan):
+    link = InProcess(ledger, plan.job)
+    link.away = True
+    renderer = make_renderer(ledger, link)
+
+    async def main() -> None:
+        work = asyncio.create_task(renderer.work())
+        drawing = asyncio.create_task(renderer.draw(portion(plan, "long", steps=10_000)))
+        await until(renderer._cutin.reports)
+        drawing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await drawing
+        await until(lambda: not renderer._cutin.reports())
+        answer = await asyncio.wait_for(renderer.draw(portion(plan, "short")), 20)
+        assert answer.images[0].error_code is None
+        renderer.retire()
+        await asyncio.wait_for(work, 20)
+
+    asyncio.run(main())
+
+
+def test_a_retired_renderer_fails_its_urgent_images_at_once_and_takes_no_more(ledger, plan):
+    link = InProcess(ledger, plan.job)
+    link.away = True
+    renderer = make_renderer(ledger, link)
+
+    async def main() -> list[BaseException]:
+        work = asyncio.create_task(renderer.work())
+        waiting = [
+            asyncio.create_task(renderer.draw(portion(plan, token, steps=10_000, owner=token))) for token in "abc"
+        ]
+        await until(renderer._cutin.reports)
+        renderer.retire()
+        ends = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
+        await asyncio.wait_for(work, 20)
+        with pytest.raises(RendererDiedError, match="renderer-0 was asked to end"):
+            await renderer.draw(portion(plan, "late"))
+        return ends
+
+    assert [type(end) for end in asyncio.run(main())] == [RendererDiedError] * 3
+
+
+def test_urgent_work_that_hangs_is_seen_by_the_watchdog_and_urgent_work_that_goes_on_is_not(ledger, plan, monkeypatch):
+    monkeypatch.setattr("farm.renderer.WATCH_S", 0.01)
+    link = InProcess(ledger, plan.job)
+    link.away = True
+    ended: list[int] = []
+    watchdog = Watchdog({**STAGE_LIMIT_S, "denoise": 0.5})
+    renderer = make_renderer(ledger, link, watchdog=watchdog, end_process=ended.append)
+    draw_meanwhile(renderer, lambda: True, portion(plan, steps=100))
+    assert ended == []
+
+    hung, let_go = make_renderer(ledger, link, watchdog=watchdog, end_process=ended.append), threading.Event()
+
+    def hang(*_: Any, on_step: Callable[[int, int], None], **__: Any) -> None:
+        on_step(1, 2)
+        let_go.wait(20)
+        raise RuntimeError("let go")
+
+    monkeypatch.setattr("farm.models.sleep.SleepFamily.denoise", hang)
+
+    async def main() -> None:
+        work = asyncio.create_task(hung.work())
+        drawing = asyncio.create_task(hung.draw(portion(plan)))
+        await until(lambda: ended)
+        let_go.set()
+        assert (await asyncio.wait_for(drawing, 20)).images[0].error_code == "render"
+        hung.retire()
+        await asyncio.wait_for(work, 20)
+
+    asyncio.run(main())
+    assert ended == [STUCK_EXIT]
+
+
+def test_a_portion_planned_for_other_versions_is_refused_with_both_named(ledger, plan):
+    link = InProcess(ledger, plan.job)
+    link.away = True
+    old = plan.numerics.model_copy(update={"versions": {"numpy": "0.1"}})
+    end = draw_meanwhile(make_renderer(ledger, link), lambda: True, portion(plan, numerics=old))[0]
+    assert isinstance(end, NumericsError)
+    assert "numpy 0.1" in end.message
+
+
+def test_a_beat_says_what_is_loaded_and_how_many_urgent_images_there_are(ledger, plan):
+    link = InProcess(ledger, plan.job)
+    link.away = True
+    renderer = make_renderer(ledger, link)
+    draw_meanwhile(renderer, lambda: True, portion(plan))
+    link.away = False
+    asyncio.run(renderer._renew())
+    standing = link.beats[-1].standing
+    assert (standing.loaded_model, standing.loading, standing.urgent) == (plan.card.name, False, 0)
+    assert standing.load_s > 0
+
+
+def test_what_was_counted_is_told_again_and_again(ledger, plan, monkeypatch):
+    monkeypatch.setattr("farm.renderer.REPORT_S", 0.01)
+    link = InProcess(ledger, plan.job)
+    renderer = make_renderer(ledger, link)
+    run_until(lambda: link.dispatch.progress(plan.job).state == "done" and len(link.snapshots) > 3, renderer)
+    last = link.snapshots[-1]
+    assert (last.process, last.incarnation) == ("renderer-0", "i")
+    drawn = sum(s.value for s in renderer._meters.snapshot().samples if s.name == "farm_images_total")
+    assert drawn == 16
+
+
+def test_that_a_person_drained_it_is_remembered_for_the_next_dispatcher(ledger, plan):
+    link = InProcess(ledger, plan.job)
+    renderer = make_renderer(ledger, link)
+    hellos: list[Hello] = []
+    drained = [True]
+
+    async def meet(hello: Hello) -> tuple[str, ...]:
+        hellos.append(hello)
+        return ()
+
+    async def renew(beat: Beat) -> Renewal:
+        return Renewal("e", drained=drained[0])
+
+    link.meet, link.renew = meet, renew
+    asyncio.run(renderer._renew())
+    asyncio.run(renderer._meet())
+    drained[0] = False
+    asyncio.run(renderer._renew())
+    asyncio.run(renderer._meet())
+    assert [hello.drained for hello in hellos] == [True, False]
 
 
 def _totals() -> Totals:

