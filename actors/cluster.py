@@ -35,7 +35,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.daemons import CONTROL_STORE_EVERY_S, CONTROL_STORE_REFUSALS, ControlStore, Daemons
 from actors.dispatcher import DispatcherActor
-from actors.names import DISPATCHER, NAMESPACE
+from actors.names import DISPATCHER, NAMESPACE, ON_HEAD
 from farm import __version__
 from farm.devices import cores_each, default_renderers, local_device
 from farm.errors import FarmError, FarmUnavailableError, error_of
@@ -49,8 +49,6 @@ OBJECT_STORE_BYTES = 128 * 1024**2
 """Pictures never pass through Ray's object store; this holds calls alone."""
 LOOPBACK = {"_node_ip_address": "127.0.0.2"} if sys.platform == "linux" else {}
 """Where Ray's HTTP ports listen on a farm of one machine. For 127.0.0.1 Ray puts in the machine's address of its own accord."""
-ON_HEAD = {"node:__internal_head__": 0.001}
-"""A resource that Ray gives to the head node alone, which stays when GPU nodes come and go."""
 ANSWER_S = 10.0
 CALL_TRIES = 3
 

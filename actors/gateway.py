@@ -9,6 +9,7 @@ from ray import serve
 
 from actors.link import RayLink
 from actors.logs import log_to_stderr
+from actors.names import ON_HEAD
 from farm.ledger import Ledger
 from farm.server.app import create_app
 from farm.server.services import build_services
@@ -48,7 +49,7 @@ def gateway_app(settings: Settings) -> Any:
         name="gateway",
         num_replicas=settings.gateways,
         max_ongoing_requests=ONGOING,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": ON_HEAD},  # within reach of HAProxy, which is there
         graceful_shutdown_timeout_s=DRAIN_S,
         health_check_period_s=HEALTH_S,
         health_check_timeout_s=30.0,

@@ -13,10 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from dataclasses import asdict
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -91,14 +89,10 @@ class Endpoint:
         """End Serve; requests in hand have some seconds."""
         from ray import serve
 
-        said = StringIO()
         try:
-            # Ray reports there that Serve's controller has ended, as if that had not been asked of it.
-            with redirect_stderr(said):
-                serve.shutdown()
+            serve.shutdown()
         except Exception:
             log.info("the endpoint was gone before it was stopped", exc_info=True)
-        log.debug("ray serve stopped", extra={"said": said.getvalue()})
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + READY_S
@@ -149,6 +143,10 @@ class Endpoint:
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
             "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
             "RAY_SERVE_LOG_TO_STDERR": "0",
+            # The app runs on its server's own loop: behind a second thread Serve puts an unbounded queue, where a slow
+            # reader's answers would pile up.
+            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+            "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         }
 
     def _write_front(self) -> None:

@@ -5,8 +5,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from functools import partial
+from io import StringIO
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -115,7 +116,7 @@ def _serve(options: Options, settings: "Settings", take_signals: Callable[[], No
     from actors.serving import Endpoint
 
     # Ray prints what happens to its processes to stdout, which is for our answer alone.
-    with Endpoint(settings) as endpoint, redirect_stdout(sys.stderr):
+    with Endpoint(settings) as endpoint, redirect_stdout(sys.stderr), ExitStack() as leaving:
         give_up = partial(_give_up, options)
         with spinner("starting the farm"):
             farm = bring_up(
@@ -136,6 +137,8 @@ def _serve(options: Options, settings: "Settings", take_signals: Callable[[], No
                     farm.check()
                     time.sleep(LOOK_EVERY_S)
             finally:
+                # What Ray says of its processes that were asked to end is no news.
+                leaving.enter_context(redirect_stdout(StringIO()))
                 endpoint.stop()
 
 
