@@ -7,7 +7,6 @@ to it. It ends with the process that started it, whatever ends that: Ray's own p
 import logging
 import os
 import secrets
-import shutil
 import sys
 import threading
 import time
@@ -41,12 +40,22 @@ from farm.devices import cores_each, default_renderers, local_device
 from farm.errors import FarmError, FarmUnavailableError, error_of
 from farm.run import JobProgress
 from farm.settings import Settings
-from farm.whereabouts import absolute, living, note_file, own_whereabouts, read_note, refuse_second, write_note
+from farm.whereabouts import (
+    absolute,
+    clear_away,
+    living,
+    note_file,
+    own_whereabouts,
+    read_note,
+    refuse_second,
+    write_note,
+)
 
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 * 1024**2
-"""Pictures never pass through Ray's object store; this holds calls alone."""
+"""The pictures of jobs never pass through Ray's object store; this holds calls, and the answers to urgent ones with their
+pictures."""
 LOOPBACK = {"_node_ip_address": "127.0.0.2"} if sys.platform == "linux" else {}
 """Where Ray's HTTP ports listen on a farm of one machine. For 127.0.0.1 Ray puts in the machine's address of its own accord."""
 ANSWER_S = 10.0
@@ -215,7 +224,9 @@ def bring_up(
             if not settings.address:
                 return _started(settings, note, None, give_up, folder=str(folder), all_open=True)
             _init(address=settings.address, runtime_env={"env_vars": dict(environment)})
-            farm = _attach(_dispatcher_there(settings, settings.renderers), settings, note=note)
+            _refuse_adopting(settings)
+            dispatcher = _dispatcher_there(settings, settings.renderers, get_if_exists=False)
+            farm = _attach(dispatcher, settings, note=note)
             farm.announce("")
             return farm
         except BaseException:
@@ -257,9 +268,17 @@ def _readable() -> Iterator[None]:
 def _make_way(note: Path, settings: Settings) -> None:
     """Refuse to start beside a farm on the same store, and clear away what a killed one left."""
     refuse_second(settings)
-    found = read_note(note)
-    if found is not None and found.folder:
-        shutil.rmtree(found.folder, ignore_errors=True)
+    clear_away(note)
+
+
+def _refuse_adopting(settings: Settings) -> None:
+    """Refuse to start on a cluster where a farm runs: it would end with this process, which did not start it."""
+    try:
+        ray.get_actor(DISPATCHER, NAMESPACE)
+    except ValueError:
+        return
+    ray.shutdown()
+    raise FarmUnavailableError(f"a farm runs at {settings.address} already; farm down ends it")
 
 
 def _found(settings: Settings, note: Path) -> Farm | None:
@@ -299,7 +318,7 @@ def _started(
 ) -> Farm:
     """Start Ray and a farm on this machine."""
     device = local_device()
-    count = renderers or settings.renderers or default_renderers(device)
+    count = renderers or settings.renderers or default_renderers(device, stays=all_open)
     _write_token()
     try:
         with Daemons(give_up) as daemons:
@@ -321,7 +340,7 @@ def _started(
     return Farm(dispatcher, note=note, daemons=daemons)
 
 
-def _dispatcher_there(settings: Settings, renderers: int | None) -> Any:
+def _dispatcher_there(settings: Settings, renderers: int | None, *, get_if_exists: bool = True) -> Any:
     """The dispatcher on a cluster that somebody else keeps up; it outlives this process.
 
     Where the cluster offers neither GPUs nor CPUs yet, renderers wait for GPU nodes to come.
@@ -329,13 +348,27 @@ def _dispatcher_there(settings: Settings, renderers: int | None) -> Any:
     found = ray.cluster_resources()
     gpus = int(found.get("GPU", 0))
     on_gpus = gpus > 0 or not found.get("CPU")
-    return _dispatcher(settings, renderers or gpus or 1, cores=1, gpu=on_gpus, all_open=True, pid=0)
+    return _dispatcher(
+        settings, renderers or gpus or 1, cores=1, gpu=on_gpus, all_open=True, pid=0, get_if_exists=get_if_exists
+    )
 
 
-def _dispatcher(settings: Settings, renderers: int, *, cores: int, gpu: bool, all_open: bool, pid: int) -> Any:
-    """The dispatcher of a new farm, which ends with the process `pid` where that is not 0."""
+def _dispatcher(
+    settings: Settings,
+    renderers: int,
+    *,
+    cores: int,
+    gpu: bool,
+    all_open: bool,
+    pid: int,
+    get_if_exists: bool = True,
+) -> Any:
+    """The dispatcher of a new farm, which ends with the process `pid` where that is not 0.
+
+    Of two who start one at once, the second gets the first one's, or, without `get_if_exists`, a ValueError.
+    """
     return DispatcherActor.options(  # type: ignore[attr-defined]
-        name=DISPATCHER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, resources=ON_HEAD
+        name=DISPATCHER, namespace=NAMESPACE, lifetime="detached", get_if_exists=get_if_exists, resources=ON_HEAD
     ).remote(
         settings.model_copy(update={"store": absolute(settings.store)}),
         renderers,
@@ -361,9 +394,11 @@ def _attach(dispatcher: Any, settings: Settings, *, note: Path | None = None) ->
 
 def _end(dispatcher: Any, *, kill: bool) -> None:
     """End the renderers, each within a denoising step, and where asked the dispatcher, which else comes back."""
-    ray.get(dispatcher.stop.remote(), timeout=ANSWER_S)
-    if kill:
-        ray.kill(dispatcher, no_restart=True)
+    try:
+        ray.get(dispatcher.stop.remote(), timeout=ANSWER_S)
+    finally:
+        if kill:
+            ray.kill(dispatcher, no_restart=True)
 
 
 def _init(**options: Any) -> None:

@@ -12,9 +12,10 @@ from actors.pool import RayPool
 from farm import __version__
 from farm.claims import Claims, claim_of
 from farm.desk import Desk
+from farm.errors import FarmError
 from farm.lease import Ask, Beat, Completion, GiveBack, Hello, Renewal, Reply
 from farm.ledger import Ledger
-from farm.portion import Allowance, Entry, Placing, PoolView, Refusal
+from farm.portion import Allowance, Entry, Leaving, Placing, PoolView, Refusal
 from farm.run import JobProgress
 from farm.settings import Settings
 from farm.storage.opening import open_store
@@ -110,14 +111,9 @@ class DispatcherActor:
         await self._at_home(self._desk.stop())
 
     @_in("urgent")
-    async def enter(self, entry: Entry) -> Placing:
-        """Give seats for urgent images, or refuse."""
-        return await self._at_home(self._desk.enter(entry))
-
-    @_in("urgent")
-    async def leave(self, token: str, seconds: float) -> None:
-        """Take back a seat."""
-        await self._at_home(self._desk.leave(token, seconds=seconds))
+    async def turn(self, leavings: Sequence[Leaving], entries: Sequence[Entry]) -> tuple[Placing | FarmError, ...]:
+        """Take back seats of urgent images, then give some or refuse; what an entry would raise stands in its answer's place."""
+        return await self._at_home(self._desk.turn(leavings, entries))
 
     @_in("urgent")
     async def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot) -> None:

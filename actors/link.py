@@ -10,7 +10,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.names import DISPATCHER, NAMESPACE
 from farm.errors import FarmError, FarmUnavailableError, RendererDiedError, RenderError
-from farm.portion import Allowance, Answer, Entry, Placing, PoolView, Portion, Refusal
+from farm.portion import Allowance, Answer, Entry, Leaving, Placing, PoolView, Portion, Refusal
 from farm.run import JobProgress
 from farm.tally import Snapshot
 
@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 CALL_S = 10.0
 """How long the dispatcher may take to answer before it counts as away; it answers in milliseconds, or restarts."""
+LEAVE_S = 0.02
+"""How long seats that are given back wait for a question to go with."""
 DIED_PAUSE_S = 0.5
 """How much later the end of a renderer is told: by then the dispatcher knows of it too, and gives no seat there again."""
 
@@ -34,19 +36,29 @@ class RayLink:
         self._looking = asyncio.Lock()
         self._renderers: dict[str, Any] = {}
         self._incarnations: dict[str, str] = {}
+        self._leavings: list[tuple[Leaving, asyncio.Future[None]]] = []
+        self._entries: list[tuple[Entry, asyncio.Future[Placing]]] = []
+        self._turning: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     # The dispatcher
 
     async def enter(self, entry: Entry) -> Placing:
-        placing: Placing = await self._call("enter", entry)
+        answer: asyncio.Future[Placing] = asyncio.get_running_loop().create_future()
+        self._entries.append((entry, answer))
+        self._take_turns()
+        placing = await answer
         for seat in placing.seats:
             if self._incarnations.get(seat.renderer) != seat.incarnation:
                 self._incarnations[seat.renderer] = seat.incarnation
                 self._renderers.pop(seat.renderer, None)
         return placing
 
-    async def leave(self, token: str, *, seconds: float) -> None:
-        await self._call("leave", token, seconds)
+    async def leave(self, token: str, *, seconds: float, lost: bool = False) -> None:
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._leavings.append((Leaving(token, seconds, lost), answer))
+        self._turn_soon()
+        await answer
 
     async def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot) -> None:
         await self._call("hold", gateway, tuple(tokens), snapshot)
@@ -100,6 +112,61 @@ class RayLink:
             log.info("nothing to drop: the renderer is gone", extra={"renderer": renderer, "reason": _last_line(exc)})
 
     # Inside
+
+    def _take_turns(self) -> None:
+        """Have what is said of seats sent: at once, or together with all else when the call under way returns.
+
+        So a hundred requests at a time cost the dispatcher few calls, and a question alone waits for nothing.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._turning is None:
+            self._turning = asyncio.create_task(self._turns())
+
+    def _turn_soon(self) -> None:
+        """Nobody waits for seats that are given back: they go with the next question, if one comes soon."""
+        if self._timer is None and self._turning is None:
+            self._timer = asyncio.get_running_loop().call_later(LEAVE_S, self._take_turns)
+
+    async def _turns(self) -> None:
+        try:
+            while True:
+                leavings, self._leavings = self._leavings, []
+                entries, self._entries = self._entries, []
+                await self._turn(leavings, entries)
+                if not self._entries:
+                    return
+        finally:
+            self._turning = None
+            if self._leavings:
+                self._turn_soon()
+
+    async def _turn(
+        self,
+        leavings: Sequence[tuple[Leaving, asyncio.Future[None]]],
+        entries: Sequence[tuple[Entry, asyncio.Future[Placing]]],
+    ) -> None:
+        try:
+            placings = await self._call("turn", tuple(one for one, _ in leavings), tuple(one for one, _ in entries))
+        except Exception as exc:
+            if not isinstance(exc, FarmError):
+                log.exception("what was said of seats could not be sent")
+            answers: list[asyncio.Future[Any]] = [answer for _, answer in leavings] + [answer for _, answer in entries]
+            for answer in answers:
+                if not answer.done():
+                    answer.set_exception(FarmUnavailableError(str(exc)))
+            return
+        for _, left in leavings:
+            if not left.done():
+                left.set_result(None)
+        for (_, asked), placing in zip(entries, placings, strict=True):
+            if asked.done():
+                continue  # who asked has gone, and tells the dispatcher so
+            if isinstance(placing, FarmError):
+                asked.set_exception(placing)
+            else:
+                asked.set_result(placing)
 
     async def _call(self, method: str, *arguments: object) -> Any:
         handle: Any = None

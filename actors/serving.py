@@ -31,14 +31,26 @@ READY_S = 120.0
 LOOK_EVERY_S = 0.1
 CUT_OFF_S = 3600
 """After gateways came or went, HAProxy goes on with the connections it has for so long at most, beside its successor."""
-UNAVAILABLE = {
-    "error": {
-        "message": "no gateway of the farm answers at the moment; try again in some seconds",
-        "type": "server_error",
-        "param": None,
-        "code": "farm_unavailable",
-    }
+AWAY = (
+    "no gateway of the farm answers at the moment; try again in some seconds",
+    "overloaded_error",
+    "farm_unavailable",
+)
+BROKEN = ("the endpoint failed on this request; try again in some seconds", "server_error", "internal")
+REFUSED = "invalid_request_error"
+ANSWERS: dict[str, tuple[str, tuple[str, str, str]]] = {
+    "400": ("Bad Request", ("this is no HTTP request that can be read; mend it", REFUSED, "request")),
+    "408": (
+        "Request Timeout",
+        (f"the request did not arrive within {ingress.HEADERS_S} s; send it again", REFUSED, "timeout"),
+    ),
+    "500": ("Internal Server Error", BROKEN),
+    "501": ("Not Implemented", ("the endpoint does not know this method or coding; use another", REFUSED, "request")),
+    "502": ("Service Unavailable", AWAY),
+    "503": ("Service Unavailable", AWAY),
+    "504": ("Service Unavailable", AWAY),
 }
+"""What HAProxy itself says, by its own status: reason, and message, type and code of the error."""
 
 
 class Endpoint:
@@ -80,9 +92,7 @@ class Endpoint:
             serve.run(application(self.settings), name=APPLICATION, route_prefix="/", logging_config=quiet)
         except Exception as exc:
             # Serve has no root of its errors: a gateway that does not come up is a RuntimeError, a proxy a TimeoutError.
-            raise FarmUnavailableError(
-                f"Ray Serve does not start: {_reason(exc)}; its logs are in /tmp/ray/session_latest/logs/serve"
-            ) from exc
+            raise FarmUnavailableError(f"Ray Serve does not start: {_reason(exc)}; its logs are in {_logs()}") from exc
         self._await_ready()
 
     def stop(self) -> None:
@@ -106,7 +116,7 @@ class Endpoint:
             if time.monotonic() > deadline:
                 raise FarmUnavailableError(
                     f"the endpoint at {self.url} does not come up, its last answer was {status}; Ray Serve's logs are in "
-                    "/tmp/ray/session_latest/logs/serve"
+                    f"{_logs()}"
                 )
             time.sleep(LOOK_EVERY_S)
 
@@ -141,22 +151,27 @@ class Endpoint:
             "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port("127.0.0.1", 0)),
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+            # Three checks in a row must fail: a dead HAProxy fails at once, a slow one has half a minute for each.
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
             "RAY_SERVE_LOG_TO_STDERR": "0",
             # The app runs on its server's own loop: behind a second thread Serve puts an unbounded queue, where a slow
             # reader's answers would pile up.
             "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
             "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+            # Serve's controller looks ten times a second by default, which costs 3 % of a core at rest.
+            "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         }
 
     def _write_front(self) -> None:
         pem = self._write_pem()
-        answer = self.folder / "unavailable.http"
-        answer.write_bytes(_unavailable())
+        for status in ingress.ERRORS:
+            (self.folder / f"{status}.http").write_bytes(_answer(status))
         front = ingress.Front(
             bind=f"{_bracketed(self.settings.http_host)}:{self.settings.http_port}",
             binary=_haproxy(),
-            unavailable=str(answer),
+            answers=str(self.folder),
+            nothing=_error("there is nothing here; /docs shows what there is", "not_found_error", "not_found"),
             pem=pem,
             only_from=proxy_network(self.settings.tls_proxy) if self.settings.tls_proxy else "",
         )
@@ -201,13 +216,29 @@ def _haproxy() -> str:
     return found
 
 
-def _unavailable() -> bytes:
-    body = json.dumps(UNAVAILABLE).encode()
+def _answer(status: str) -> bytes:
+    """The whole response of HAProxy itself; without a gateway it is 503 whatever HAProxy calls it."""
+    reason, error = ANSWERS[status]
+    away = error == AWAY
+    body = _error(*error).encode()
+    later = "Retry-After: 2\r\n" if away else ""
     head = (
-        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 2\r\nCache-Control: no-store\r\n"
-        f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"HTTP/1.1 {'503' if away else status} {reason}\r\nContent-Type: application/json\r\n{later}"
+        f"Cache-Control: no-store\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
+
+
+def _error(message: str, kind: str, code: str) -> str:
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+
+
+def _logs() -> str:
+    """Where Serve of this Ray keeps its logs."""
+    from ray._private import worker
+
+    node = worker._global_node
+    return f"{node.get_session_dir_path() if node else '/tmp/ray/session_latest'}/logs/serve"
 
 
 def _bracketed(host: str) -> str:

@@ -15,14 +15,19 @@ IDLE_DEATHS_APART_S = 10.0
 
 
 def count_deaths(board: Board, lost: list[tuple[Held, RunState]], now: float) -> None:
-    """Count a death against the batch that was on the device; where there was none, against the shard that was begun."""
-    rendering = [(held, run) for held, run in lost if held.report and held.report.in_hand]
+    """Count a death against the batch that was on the device; where there was none, against the shard that was begun.
+
+    A lease in whose place an urgent image was by its last report is blamed for nothing: that image may have done it. Bulk
+    images get a share of the device whatever is urgent, so that one that ends its renderers is still found.
+    """
+    aside = any(held.report and held.report.aside for held, _ in lost)
+    rendering = [(held, run) for held, run in lost if held.report and held.report.in_hand and not held.report.aside]
     for held, run in rendering:
         if held.report and not run.done[held.lease.shard]:
             blame = run.blame.setdefault(held.lease.shard, Blame())
             blame.died(held.report.in_hand, cautious=held.lease.cautious)
     begun = sorted(lost, key=lambda one: not one[0].has_begun)
-    for held, run in begun[:1] if not rendering else ():
+    for held, run in begun[:1] if not (rendering or aside) else ():
         if held.lease.task == "finalise":
             run.finalise_deaths += 1
         else:

@@ -29,21 +29,32 @@ class Cores:
         self._clock = clock
         self._idle_s = 0.0
         self._idle_since = clock()
+        self._wanted_s = 0.0
+        self._wanted_since = 0.0
 
     def idle_s(self) -> float:
         """Seconds so far in which nobody had any of them."""
         with self.changed:
             return self._idle_s + (self._clock() - self._idle_since if self.free == self.total else 0.0)
 
+    def wanted_s(self) -> float:
+        """Seconds so far in which a shard waited for some of them."""
+        with self.changed:
+            return self._wanted_s + (self._clock() - self._wanted_since if self.wanted else 0.0)
+
     def take(self, count: int, *, timeout: float) -> bool:
         """Take so many at once for a shard, or none; waits for `timeout` seconds."""
         with self.changed:
+            if not self.wanted:
+                self._wanted_since = self._clock()
             self.wanted += 1
             try:
                 if not self.changed.wait_for(lambda: self.free >= count and not self._urgent(), timeout):
                     return False
             finally:
                 self.wanted -= 1
+                if not self.wanted:
+                    self._wanted_s += self._clock() - self._wanted_since
             self._taken(count)
             return True
 

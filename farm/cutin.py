@@ -7,11 +7,12 @@ shard's pictures stay bit-identical, and nothing that an urgent image does reach
 import logging
 import threading
 import time
-from collections.abc import Callable
-from itertools import count
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from farm.cores import Cores
-from farm.engine import Engine, OnStep, RenderStep, Weights
+from farm.drawing import Cancelled
+from farm.engine import Batch, Engine, OnStep, RenderStep, Weights
 from farm.engines import Engines
 from farm.errors import DeviceLostError, FarmError, RendererDiedError, RenderError
 from farm.lease import Report
@@ -19,7 +20,7 @@ from farm.meters import Meters
 from farm.modelcard import ModelCard
 from farm.plan import Numerics
 from farm.urgent import LOOK, UrgentImage, UrgentQueue
-from farm.urgentdrawing import Finished, UrgentDrawing
+from farm.urgentdrawing import Finished, Kind, UrgentDrawing
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,6 @@ class CutIn:
         self._to_warm: tuple[ModelCard, Numerics] | None = None
         self._stay: tuple[Weights | None, float] = (None, 0.0)
         self._reports: dict[str, Report] = {}
-        self._ticks = count(1)
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -81,7 +81,12 @@ class CutIn:
 
     # Within a shard
 
-    def at_step(self, engine: Engine, on_step: OnStep) -> float:
+    def loaded(self, engine: Engine, seconds: float) -> None:
+        """A shard waited so long for its engine: for urgent images, where those had it unloaded."""
+        if self._engines.was_displaced(engine):
+            self._queue.charge(seconds)
+
+    def at_step(self, engine: Engine, on_step: OnStep, cancelled: Cancelled) -> float:
         """Draw what fits within a step of the batch in hand; returns the seconds it took. Raises DeviceLostError."""
         if not self._may_cut_in():
             return 0.0
@@ -89,27 +94,25 @@ class CutIn:
         if inner is None:
             return 0.0
         spent = 0.0
-        while self._may_cut_in():
-            images = self._queue.take(engine.weights, self._most(engine), within_step=True)
-            if not images:
+        while self._may_cut_in() and not cancelled():
+            if self._queue.next(engine.weights, within_step=True) is None:
                 break
             if not spent:
-                engine.synchronize()
+                engine.synchronize()  # before anything is taken: what fails here is the shard's own
             started = time.perf_counter()
-            self._drawing.encode(
-                self._drawing.draw(inner, images, on_step, kind="step", fits=engine.fits_within_a_step)
-            )
+            self._encode(self._drawn(inner, engine.weights, on_step, kind="step", fits=engine.fits_within_a_step))
             spent += self._charged(started)
         return spent
 
-    def between(self, engine: Engine, on_step: OnStep) -> float:
+    def between(self, engine: Engine, on_step: OnStep, cancelled: Cancelled) -> float:
         """Draw whatever waits, of other models too, between two batches of `engine`; returns the seconds it took.
 
-        `engine` is loaded again afterwards where it had to make room; raises what that raises, and DeviceLostError.
+        `engine` is loaded again afterwards where it had to make room, unless its shard was cancelled; raises what that raises,
+        and DeviceLostError.
         """
         spent = 0.0
         current = engine
-        while self._may_cut_in():
+        while self._may_cut_in() and not cancelled():
             image = self._next(current.weights)
             if image is None:
                 break
@@ -117,11 +120,12 @@ class CutIn:
             if image.weights != current.weights:
                 current = self._swapped(engine, current, image, on_step)
             if current.weights == image.weights:
-                images = self._queue.take(image.weights, self._most(current))
-                if images:
-                    self._drawing.encode(self._drawing.draw(current, images, on_step, kind="batch"))
+                self._encode(self._drawn(current, image.weights, on_step, kind="batch"))
             spent += self._charged(started)
-        if current is not engine:
+        if current is not engine and cancelled():
+            self._engines.displaced(engine)
+            self._engines.give_back(current)
+        elif current is not engine:
             started = time.perf_counter()
             self._back(engine, current, on_step)
             spent += self._charged(started)
@@ -141,8 +145,10 @@ class CutIn:
         """Have a shard's own engine loaded again, and nothing else."""
         if current.loaded:
             current.unload()
-        on_step(RenderStep(0, "load", 0, 1))
+        self._ticking(on_step)(RenderStep(0, "load", 0, 1))
+        started = time.perf_counter()
         self._engines.reload(engine)
+        self._stays(engine.weights, time.perf_counter() - started)
 
     def worked(self, seconds: float) -> None:
         """A shard had the device for itself for some seconds."""
@@ -178,8 +184,10 @@ class CutIn:
             places = self._cores.take_when(self._wanted)
             if not places:
                 return
-            self._claims += 1
-        claimed = True
+            claimed = (
+                len(self._queue) > self._claims
+            )  # as `_wanted` has just seen it; a model to warm is no image's place
+            self._claims += claimed
 
         def release_claim() -> None:
             nonlocal claimed
@@ -189,31 +197,29 @@ class CutIn:
                     self._claims -= 1
 
         def on_step(step: RenderStep) -> None:
-            self._reports[name] = Report(name, step.stage, next(self._ticks), 0.0)
+            self._reports[name] = Report(name, step.stage, self._queue.ticks, 0.0)
 
-        started = time.perf_counter()
+        wanted_s = self._cores.wanted_s()
         try:
+            if not claimed:
+                self._warm_now(self._ticking(on_step))
+                return
             image = self._next(self._stay[0])
             if image is None:
-                self._warm_now(on_step)
                 return
             engine = self._loaded(image, on_step)
             if engine is None:
                 return
             finished: list[Finished] = []
             try:
-                images = self._queue.take(image.weights, self._most(engine))
-                release_claim()
-                if images:
-                    finished = self._drawing.draw(engine, images, on_step, kind="idle")
+                finished = self._drawn(engine, image.weights, on_step, kind="idle", taken=release_claim)
             finally:
                 self._engines.give_back(engine)
             # Only now: who gets the answer and asks again at once finds the engine free, and loads no other.
-            self._drawing.encode(finished)
+            self._encode(finished)
         finally:
             release_claim()
-            if self._cores.wanted:
-                self._charged(started)
+            self._queue.charge(self._cores.wanted_s() - wanted_s)
             self._cores.give_back(places)
 
     def _wanted(self) -> int:
@@ -260,7 +266,7 @@ class CutIn:
         started = time.perf_counter()
         loads = not self._engines.has_idle(image.weights)
         if loads:
-            on_step(RenderStep(0, "load", 0, 1))
+            self._ticking(on_step)(RenderStep(0, "load", 0, 1))
         try:
             engine = self._engines.take_weights(portion.card, portion.numerics)
         except DeviceLostError as exc:
@@ -276,9 +282,56 @@ class CutIn:
             return None
         if loads:
             took = time.perf_counter() - started
-            self._queue.loaded(image.weights, took)
-            self._stay = image.weights, time.monotonic() + max(STAY_S, STAY_LOADS * took)
+            self._queue.loaded(image.weights, took, now=time.monotonic())
+            self._stays(image.weights, took)
         return engine
+
+    def _stays(self, weights: Weights, load_s: float) -> None:
+        self._stay = weights, time.monotonic() + max(STAY_S, STAY_LOADS * load_s)
+
+    def _drawn(
+        self,
+        engine: Engine,
+        weights: Weights,
+        on_step: OnStep,
+        *,
+        kind: Kind,
+        fits: Callable[[Batch], bool] = lambda batch: True,
+        taken: Callable[[], object] = lambda: None,
+    ) -> list[Finished]:
+        """Take one batch of images and draw it."""
+        images: list[UrgentImage] = []
+        with self._failing(images):
+            images += self._queue.take(weights, self._most(engine), within_step=kind == "step")
+            taken()
+            if images:
+                return self._drawing.draw(engine, images, self._ticking(on_step), kind=kind, fits=fits)
+        return []
+
+    def _encode(self, finished: list[Finished]) -> None:
+        with self._failing([image for image, _ in finished]):
+            self._drawing.encode(finished)
+
+    @contextmanager
+    def _failing(self, images: list[UrgentImage]) -> Iterator[None]:
+        """Whatever is raised in here fails these images, and is nobody else's; only a lost device is raised on."""
+        try:
+            yield
+        except DeviceLostError as exc:
+            self._queue.fail_hands(images, RendererDiedError(f"{self._renderer} lost its device: {exc.message}"))
+            raise
+        except Exception as exc:
+            log.exception("urgent images failed", extra={"renderer": self._renderer})
+            self._queue.fail_hands(images, RenderError(f"could not draw the image: {type(exc).__name__}: {exc}"))
+
+    def _ticking(self, on_step: OnStep) -> OnStep:
+        """Have every step counted as progress, whosever thread it is."""
+
+        def ticked(step: RenderStep) -> None:
+            self._queue.progressed()
+            on_step(step)
+
+        return ticked
 
     def _most(self, engine: Engine) -> int:
         return LOOK * engine.numerics.batch

@@ -39,7 +39,7 @@ from farm.lease import (
 from farm.ledger import Ledger
 from farm.meters import Meters
 from farm.parking import Parking
-from farm.portion import Allowance, Entry, Placing, PoolView, Refusal
+from farm.portion import Allowance, Entry, Leaving, Placing, PoolView, Refusal
 from farm.run import JobProgress
 from farm.settings import Reserve
 from farm.tally import Snapshot
@@ -52,7 +52,8 @@ TICK_S = 1.0
 STOP_S = 5.0
 """How long a stopping farm waits for its renderers to put down what they hold."""
 RELEASE_S = 3.0
-"""How long it then tries to let go of its claims; those that stay time out."""
+"""How long it then tries to write quotas and to let go of its claims; those that stay time out. Who stops a farm waits for
+both times together, and little more."""
 GREETING_S = 2.0
 """After a restart, how long past a beat renderers that live have to report their leases before new ones are given."""
 READ_THREADS = 8
@@ -228,10 +229,23 @@ class Desk:
         greeting = bool(self._to_greet) and now < self._greets_until
         return self._front.enter(entry, now=now, greeting=greeting, trouble=self._crew.trouble)
 
-    async def leave(self, token: str, *, seconds: float) -> None:
-        """Take back a seat, or all of an entry's; `seconds` of device time are charged to their owner."""
+    async def leave(self, token: str, *, seconds: float, lost: bool = False) -> None:
+        """Take back a seat, or all of an entry's; `seconds` of device time are charged to their owner. `lost`: its renderer
+        ended, or did not know it."""
         await self._ready()
-        self._front.leave(token, seconds=seconds, now=self._now())
+        self._front.leave(token, seconds=seconds, lost=lost, now=self._now())
+
+    async def turn(self, leavings: Sequence[Leaving], entries: Sequence[Entry]) -> tuple[Placing | FarmError, ...]:
+        """Take back seats, then answer entries, each for itself: what one of them would raise stands in its answer's place."""
+        for one in leavings:
+            await self.leave(one.token, seconds=one.seconds, lost=one.lost)
+        answers: list[Placing | FarmError] = []
+        for entry in entries:
+            try:
+                answers.append(await self.enter(entry))
+            except FarmError as exc:
+                answers.append(exc)
+        return tuple(answers)
 
     async def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot) -> None:
         """Take in a gateway's sign of life: seats that it still needs, and what it counted."""
@@ -269,16 +283,21 @@ class Desk:
             await asyncio.wait(self._keepers, timeout=STOP_S)
         for task in self._keepers:
             task.cancel()
+        await asyncio.gather(self._save_quotas(), self._release_claims())
+
+    # Inside
+
+    async def _save_quotas(self) -> None:
         try:
             await asyncio.wait_for(self._front.save_quotas(), RELEASE_S)
         except TimeoutError:
             log.warning("quotas not written: what was used in the last seconds is forgotten")
+
+    async def _release_claims(self) -> None:
         try:
             await asyncio.wait_for(self._jobs.release(), RELEASE_S)
         except (TimeoutError, FarmError) as exc:
             log.warning("claims not let go of: another farm waits until they time out", extra={"reason": str(exc)})
-
-    # Inside
 
     async def _ready(self) -> None:
         """Start up on the first call; every caller waits for the same start. One that failed is tried again."""

@@ -74,9 +74,10 @@ def cores_each(device: DeviceInfo, renderers: int) -> int:
     return max(1, device.cores // renderers) if device.kind == "cpu" else 1
 
 
-def default_renderers(device: DeviceInfo) -> int:
-    """One renderer a GPU; where there is none, one for every two cores, four at most: each holds a model in memory."""
-    return len(device.gpus) or min(max(1, device.cores // 2), 4)
+def default_renderers(device: DeviceInfo, *, stays: bool = False) -> int:
+    """One renderer a GPU. Where there is none, one for every two cores, and one for each in a farm that `stays`: processes draw
+    single images faster than threads do, and it is worth their start. Four at most: each holds a model in memory."""
+    return len(device.gpus) or min(max(1, device.cores if stays else device.cores // 2), 4)
 
 
 def _gpus() -> tuple[Gpu, ...]:

@@ -243,7 +243,7 @@ class Dispatch:
                 return Renewal(self.epoch, tuple(report.token for report in beat.reports), replaced=True)
             return Renewal(self.epoch, meet=True)
         if beat.standing is not None and beat.standing != renderer.standing:
-            self._stands(renderer, beat.standing)
+            self._stands(renderer, beat.standing, now)
         gone = []
         for report in beat.reports:
             held = renderer.held.get(report.token)
@@ -345,6 +345,7 @@ class Dispatch:
             for renderer in self._board.renderers.values():
                 renderer.heard_at = min(renderer.heard_at + late, now)
                 renderer.asked_at = min(renderer.asked_at + late, now)
+                renderer.urgent_at = min(renderer.urgent_at + late, now)
             for held in self._board.held.values():
                 held.reported_at = min(held.reported_at + late, now)
                 held.progressed_at = min(held.progressed_at + late, now)
@@ -430,10 +431,12 @@ class Dispatch:
         renderer.heard_at = now
         return renderer
 
-    def _stands(self, renderer: Renderer, standing: Standing) -> None:
+    def _stands(self, renderer: Renderer, standing: Standing, now: float) -> None:
         """Take in what a renderer says of itself, and what it measured."""
         before, model = renderer.standing, standing.loaded_model
         renderer.standing, renderer.loaded = standing, model
+        if before is not None and standing.urgent_ticks > before.urgent_ticks:
+            renderer.urgent_at = now
         if model is not None and (before is None or (before.loaded_model, before.load_s) != (model, standing.load_s)):
             self._board.queue.loaded(model, standing.load_s)
 

@@ -29,7 +29,8 @@ class ShardProgress:
 
     `fraction`: share of the work done, 0 to 1. `in_hand`: indexes of the batch on the device, none between batches.
     `last_batch`: nothing waits for the device after this. `announce`: these images may end the process; who keeps count
-    should know first.
+    should know first. `aside`: other work has the device at this moment, and it is that which may end the process; `aside_s`:
+    seconds for which other work has had it.
     """
 
     stage: Stage = "waiting"
@@ -38,19 +39,30 @@ class ShardProgress:
     in_hand: tuple[int, ...] = ()
     last_batch: bool = False
     announce: bool = False
+    aside: bool = False
+    aside_s: float = 0.0
 
 
 OnProgress = Callable[[ShardProgress], None]
+Cancelled = Callable[[], bool]
 
 
 class Aside(Protocol):
-    """Other work that may have the device in between, and shows itself by `on_step`."""
+    """Other work that may have the device in between, and shows itself by `on_step`. It begins nothing more once the shard
+    is `cancelled`.
+    """
 
-    def at_step(self, engine: Engine, on_step: OnStep) -> float:
+    def loaded(self, engine: Engine, seconds: float) -> None:
+        """The shard has its engine, and waited for so long while it was loaded."""
+
+    def at_step(self, engine: Engine, on_step: OnStep, cancelled: Cancelled) -> float:
         """Do what fits within a step of the batch in hand; returns the seconds it took."""
 
-    def between(self, engine: Engine, on_step: OnStep) -> float:
-        """Do what waits, between two batches; returns the seconds it took. `engine` is loaded afterwards as before."""
+    def between(self, engine: Engine, on_step: OnStep, cancelled: Cancelled) -> float:
+        """Do what waits, between two batches; returns the seconds it took.
+
+        `engine` is loaded afterwards as before, but for a shard that was cancelled.
+        """
 
     def worked(self, seconds: float) -> None:
         """The shard itself had the device for so long."""
@@ -59,11 +71,14 @@ class Aside(Protocol):
 class NoAside:
     """Nothing comes in between."""
 
-    def at_step(self, engine: Engine, on_step: OnStep) -> float:
+    def loaded(self, engine: Engine, seconds: float) -> None:
+        """Nobody asks."""
+
+    def at_step(self, engine: Engine, on_step: OnStep, cancelled: Cancelled) -> float:
         """Do nothing."""
         return 0.0
 
-    def between(self, engine: Engine, on_step: OnStep) -> float:
+    def between(self, engine: Engine, on_step: OnStep, cancelled: Cancelled) -> float:
         """Do nothing."""
         return 0.0
 
@@ -109,6 +124,7 @@ class Drawing:
         self._cancelled = cancelled
         self._aside = aside or NoAside()
         self._own_since = 0.0
+        self._aside_announced = False
         self.aside_s = 0.0
         self._showing = threading.Lock()
         self._progress = ShardProgress()
@@ -136,6 +152,7 @@ class Drawing:
         started = time.perf_counter()
         engine = load()
         self.seconds["load"] = time.perf_counter() - started
+        self._aside.loaded(engine, self.seconds["load"])
         batches = [part for batch in self._cut(engine) for part in self._parts(batch)]
         if self._encodes_ahead:
             self._encode_ahead(engine, batches)
@@ -144,15 +161,27 @@ class Drawing:
             self._let_in(engine, self._aside.between)
             self._draw(engine, batch, writer, last_batch=number == len(batches))
 
-    def _let_in(self, engine: Engine, come_in: Callable[[Engine, OnStep], float]) -> float:
-        """Let other work have the device, and return the seconds it took."""
+    def _let_in(self, engine: Engine, come_in: Callable[[Engine, OnStep, Cancelled], float]) -> float:
+        """Let other work have the device, and return the seconds it took.
+
+        The first time that some comes in it is announced: between two beats it could end the process unseen.
+        """
         self._aside.worked(time.perf_counter() - self._own_since)
         stage = self._progress.stage
-        took = come_in(engine, lambda step: self._show(stage=step.stage))
+        since: float | None = None
+
+        def on_step(step: RenderStep) -> None:
+            nonlocal since
+            now = time.perf_counter()
+            since = now if since is None else since
+            announce, self._aside_announced = not self._aside_announced, True
+            self._show(stage=step.stage, aside=True, aside_s=self.aside_s + now - since, announce=announce)
+
+        took = come_in(engine, on_step, self._cancelled)
         self._own_since = time.perf_counter()
-        if took:
+        if took or since is not None:
             self.aside_s += took
-            self._show(stage=stage)
+            self._show(stage=stage, aside=False, aside_s=max(self.aside_s, self._progress.aside_s))
         return took
 
     def _encode_ahead(self, engine: Engine, batches: list[Batch]) -> None:

@@ -72,7 +72,7 @@ class RenderStep:
 OnPicture = Callable[[Picture], None]
 OnStep = Callable[[RenderStep], None]
 BetweenSteps = Callable[[], float]
-"""Called after each denoising step; may use the device for other work, and returns the seconds that it took."""
+"""Called after each denoising step, and after decoding; may use the device for other work, and returns its seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +302,7 @@ class Engine:
         with _pipeline_errors(f"decode images {_span(batch)}"):
             decoded = family.decode(latents, first)
         lap()
+        between_steps()  # after the last lap, so that it is in no stage's seconds
         each = (times[-1] - times[0] - away_s) / len(batch.specs)
         for spec, pixels, finite in zip(batch.specs, decoded.pixels, decoded.finite, strict=True):
             on_picture(Picture(spec, pixels, each, nan=not finite))

@@ -31,6 +31,7 @@ class Engines:
         self.loaded_model: str | None = None
         self.load_s = 0.0
         self.loading = False
+        self._displaced: set[Weights] = set()
 
     def __len__(self) -> int:
         """Return how many are loaded and not in use."""
@@ -46,9 +47,23 @@ class Engines:
     def take_weights(self, card: ModelCard, numerics: Numerics) -> Engine:
         """Return an engine over the same weights, whatever its batch; otherwise as `take`."""
         weights = weights_of(card, numerics)
-        return self._take(card, numerics, lambda engine: engine.weights == weights)
+        return self._take(card, numerics, lambda engine: engine.weights == weights, displaces=True)
 
-    def _take(self, card: ModelCard, numerics: Numerics, fits: Callable[[Engine], bool]) -> Engine:
+    def displaced(self, engine: Engine) -> None:
+        """An engine of a shard left to make room for an urgent image, and comes not back."""
+        with self._lock:
+            self._displaced.add(engine.weights)
+
+    def was_displaced(self, engine: Engine) -> bool:
+        """Whether a shard had to load this one since an urgent image took the room of its model; true once."""
+        with self._lock:
+            found = engine.weights in self._displaced
+            self._displaced.discard(engine.weights)
+            return found
+
+    def _take(
+        self, card: ModelCard, numerics: Numerics, fits: Callable[[Engine], bool], *, displaces: bool = False
+    ) -> Engine:
         found = self._idle_one(fits)
         if found is not None:
             return found
@@ -56,7 +71,7 @@ class Engines:
             found = self._idle_one(fits)  # who loaded before may have given back what is wanted
             if found is not None:
                 return found
-            swaps = self._clear()
+            swaps = self._clear(displaces=displaces)
             engine = Engine(card, numerics, self._device, self._vram_gib)
             self._load(engine, "swap" if swaps else "load")
             return engine
@@ -73,9 +88,11 @@ class Engines:
         with self._lock:
             return any(engine.weights == weights for engine in self._idle)
 
-    def _clear(self) -> bool:
+    def _clear(self, *, displaces: bool = False) -> bool:
         with self._lock:
             leaving, self._idle = self._idle, []
+            if displaces:
+                self._displaced.update(engine.weights for engine in leaving)
         for engine in leaving:
             engine.unload()
         return bool(leaving)

@@ -92,9 +92,9 @@ class FrontDesk:
             self._quotas.take(entry.key, entry.allowance, entry.images, now=now, wall=self._wall())
         return placing
 
-    def leave(self, token: str, *, seconds: float, now: float) -> None:
-        """Take a seat back, and charge the device time to its owner."""
-        for seated in self.places.leave(token, seconds=seconds, now=now)[:1]:
+    def leave(self, token: str, *, seconds: float, lost: bool = False, now: float) -> None:
+        """Take a seat back, and charge the device time to its owner. `lost`: its renderer ended, or did not know it."""
+        for seated in self.places.leave(token, seconds=seconds, lost=lost, now=now)[:1]:
             self._dispatch.charge(seated.entry.owner, max(seconds, 0.0))
 
     def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot, *, now: float) -> None:

@@ -39,13 +39,18 @@ class Held:
         return self.report is not None and self.report.stage != "waiting"
 
     def heard(self, report: Report, now: float) -> float:
-        """Take in a report; returns device seconds to charge since the one before."""
+        """Take in a report; returns device seconds to charge since the one before, those of urgent images left out.
+
+        They may be less than none, where urgent images are counted later than the time passed.
+        """
         before = self.report
         self.reported_at = now
         if before is None or report.ticks > before.ticks or report.stage != before.stage:
             self.progressed_at = now
         self.report = report
-        seconds = 0.0 if self.charged_at is None else now - self.charged_at
+        seconds = 0.0
+        if before is not None and self.charged_at is not None:
+            seconds = now - self.charged_at - max(report.aside_s - before.aside_s, 0.0)
         self.charged_s += seconds
         self.charged_at = now if report.stage in DEVICE_STAGES else None
         if self.began_at is None and self.charged_at is not None:
@@ -67,7 +72,7 @@ class Renderer:
 
     `sequence` is that of the question answered last, `asked` the newest seen. `asked_at`: when it last asked or held
     something. `troubles`: its failures by task (`board.task`). `standing`: what it said last of itself, None where it says
-    nothing of the kind. `machine`: what its node renders on.
+    nothing of the kind. `urgent_at`: when its urgent images last showed progress. `machine`: what its node renders on.
     """
 
     name: str
@@ -83,4 +88,5 @@ class Renderer:
     troubles: dict[str, Trouble] = field(default_factory=dict)
     held: dict[str, Held] = field(default_factory=dict)
     standing: Standing | None = None
+    urgent_at: float = 0.0
     machine: DeviceInfo | None = None

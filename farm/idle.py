@@ -48,12 +48,17 @@ def needs_s(held: Held, run: RunState | None, *, now: float) -> float | None:
 
 
 def hangs(renderer: Renderer) -> bool:
-    """Whether a renderer reports on something that makes no progress, so that what it is given besides would wait."""
+    """Whether a renderer reports on something that makes no progress, so that what it is given besides would wait.
+
+    Nothing hangs while urgent images get on, nor what waits for its turn or for them while a model is loaded.
+    """
     begun = any(held.has_begun for held in renderer.held.values())
+    loading = renderer.standing is not None and renderer.standing.loading
     return any(
         held.report is not None
         and (held.report.stage in ("encode", "denoise", "decode") or (held.report.stage == "waiting" and not begun))
-        and held.reported_at - held.progressed_at > NO_PROGRESS_S
+        and not (loading and (held.report.stage == "waiting" or held.report.aside))
+        and held.reported_at - max(held.progressed_at, renderer.urgent_at) > NO_PROGRESS_S
         for held in renderer.held.values()
     )
 

@@ -93,7 +93,8 @@ class Report:
     """Where one lease stands. `ticks` counts steps and finished pictures: it only grows while there is progress.
 
     `fraction`: share of the shard's work done, 0..1. `in_hand`: indexes of the batch on the device at this moment. A lease
-    in stage `waiting` has not begun and may be revoked.
+    in stage `waiting` has not begun and may be revoked. `aside`: an urgent image has its place on the device at this moment;
+    `aside_s`: seconds for which urgent images have had it, all together.
     """
 
     token: str
@@ -101,6 +102,8 @@ class Report:
     ticks: int
     fraction: float
     in_hand: tuple[int, ...] = ()
+    aside: bool = False
+    aside_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +111,14 @@ class Standing:
     """What a renderer is at besides its leases. `loading`: a model comes to its device at this moment.
 
     `urgent`: images of the endpoint that it has, drawn or waiting. `load_s`: what loading `loaded_model` took, 0 where
-    that was not measured.
+    that was not measured. `urgent_ticks` counts steps and finished batches of urgent images: it only grows.
     """
 
     loaded_model: str | None
     loading: bool = False
     urgent: int = 0
     load_s: float = 0.0
+    urgent_ticks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

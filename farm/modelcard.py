@@ -22,6 +22,9 @@ from farm.yamlfile import did_you_mean, read_yaml, shown, validate
 _PACKAGE = "package:"
 _WHOLE_FILE_BYTES = 64 * 2**20
 
+HOW_TO_ADD = " (FARM_MODELS names a folder of more)"
+"""How a message ends for who may set this machine's settings; the endpoint leaves it out."""
+
 
 class Card(BaseModel):
     """Root of the records below: frozen, and a key that is not known is an error."""
@@ -135,10 +138,7 @@ def find_card(name: str, settings: Settings) -> ModelCard:
     if name in files:
         return load_card(files[name])
     near = did_you_mean(name, list(files)) or f"; known here: {', '.join(files) or 'none'}"
-    looked = ", ".join(str(folder) for folder in _folders(settings))
-    raise UnknownModelError(
-        f"no model card is called {shown(name)}{near} (looked in {looked}; FARM_MODELS adds a folder)"
-    )
+    raise UnknownModelError(f"no model card is called {shown(name)}{near}{HOW_TO_ADD}")
 
 
 def list_cards(settings: Settings) -> list[ModelCard]:

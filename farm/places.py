@@ -19,11 +19,14 @@ STEP_MEMORY = 0.3
 URGENT_SHARE = 0.8
 """Share of a device that urgent images get beside a shard; the rest keeps the shard going."""
 ENTRIES_KEPT_S = 60.0
-"""How long a given answer is kept after its last seat was left, for a question that is repeated late."""
+"""How long a given answer is kept after its last seat was left, for a question that is repeated late; and for how long one
+that was given up before it was heard gets no seats."""
+ENTRIES_KEPT = 20_000
+"""With so many of them kept, what is left and not known is not remembered."""
 RETRY_S = 1.0
 """The shortest time after which asking again is worth while."""
 DOUBT_S = 5.0
-"""For how long images that lost their renderer are kept from one that gave a seat back with nothing drawn."""
+"""For how long images that lost their renderer are kept from one that lost a seat."""
 RENDERER_START_S = 15.0
 """What a renderer is taken to need until it has started."""
 
@@ -75,7 +78,8 @@ class Places:
     # Coming and going
 
     def answer_to(self, token: str) -> Placing | None:
-        """The answer that a question with this token was given, if it was given seats lately."""
+        """The answer that a question with this token was given, if it was given seats lately; a refusal, if it was left
+        before it was heard."""
         known = self._answers.get(token)
         return known.placing if known else None
 
@@ -115,14 +119,22 @@ class Places:
         self._answers[entry.token] = _Answered(placing, {seat.token for seat in seats})
         return placing
 
-    def leave(self, token: str, *, seconds: float, now: float) -> tuple[Seated, ...]:
-        """Give a seat back, or all of an entry's; returns what was given back. `seconds`: measured on the device."""
+    def leave(self, token: str, *, seconds: float, lost: bool = False, now: float) -> tuple[Seated, ...]:
+        """Give a seat back, or all of an entry's; returns what was given back.
+
+        `seconds`: measured on the device. `lost`: its renderer ended, or did not know it. What is not known may be an entry
+        that was given up while the dispatcher was away, and whose question is still on its way here.
+        """
         left = [seated for one in self._tokens(token) if (seated := self._take(one, now)) is not None]
         for seated in left:
-            if seconds <= 0:
+            if lost:
                 self._doubted_at[seated.seat.renderer] = now
-            elif len(left) == 1:
+            elif seconds > 0 and len(left) == 1:
                 self._measured(seated, seconds)
+        if not left and token not in self._answers and len(self._left) < ENTRIES_KEPT:
+            gone = Refusal("busy", "this was given up before it was heard", RETRY_S)
+            self._answers[token] = _Answered(Placing(refusal=gone), set(), left_at=now)
+            self._left[token] = None
         return tuple(left)
 
     def hold(self, tokens: Iterable[str], *, now: float) -> None:

@@ -120,6 +120,16 @@ class Answer:
     engine_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A seat, or all of an entry's, given back. `seconds`: device time for its owner's account. `lost`: its renderer ended, or
+    did not know it."""
+
+    token: str
+    seconds: float
+    lost: bool = False
+
+
 RendererState = Literal["starting", "idle", "rendering", "loading", "draining", "drained"]
 
 

@@ -285,7 +285,13 @@ class Renderer:
         """Report on every lease in hand, so that what the dispatcher knows is of one moment."""
         reports = tuple(task.report() for task in self._tasks.values() if not task.stop.is_set())
         engines = self._engines
-        standing = Standing(engines.loaded_model, engines.loading, self._urgent.in_hand, engines.load_s)
+        standing = Standing(
+            engines.loaded_model,
+            engines.loading,
+            self._urgent.in_hand,
+            engines.load_s,
+            urgent_ticks=self._urgent.ticks,
+        )
         renewal = await self._link.renew(Beat(self.name, self._incarnation, self._epoch, reports, standing))
         self._beat_s = renewal.every_s
         if renewal.replaced:
@@ -384,7 +390,7 @@ class Renderer:
                 task.asks_next = True
                 loop.call_soon_threadsafe(self._changed.set)
             if progress.announce:
-                self._announce(task, loop)
+                self._announce(task, loop, wait=not progress.aside)
 
         task.cores = min(runner.plan.numerics.threads, self._cores.total)
         loop.call_soon_threadsafe(self._changed.set)
@@ -420,9 +426,14 @@ class Renderer:
         totals = finalise(self._ledger, plan, task.lease.pass_number, on_rows=on_rows)
         return Completion(task.lease, self.name, totals.ok, totals.failed)
 
-    def _announce(self, task: Task, loop: asyncio.AbstractEventLoop) -> None:
-        """Let the dispatcher know what is in hand before it can end this process; for ANNOUNCE_S at most."""
+    def _announce(self, task: Task, loop: asyncio.AbstractEventLoop, *, wait: bool) -> None:
+        """Let the dispatcher know what is in hand before it can end this process; for ANNOUNCE_S at most.
+
+        Urgent images do not `wait` for that: it is on its way while they are drawn, and a beat brings it where it is lost.
+        """
         told = asyncio.run_coroutine_threadsafe(self._renew(), loop)
+        if not wait:
+            return
         try:
             told.result(timeout=ANNOUNCE_S)
         except (TimeoutError, FarmUnavailableError):

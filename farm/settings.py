@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     )
     models: Path | None = Field(default=None, description="folder of model cards of your own, searched first")
     renderers: int | None = Field(
-        default=None, gt=0, description="renderers to start; one per GPU where empty, one without GPUs"
+        default=None, gt=0, description="renderers to start; where empty one per GPU, or what the cores allow"
     )
     vram_gib: float = Field(default=16.0, gt=0, description="GPU memory one renderer may use, GiB")
     address: str | None = Field(
@@ -80,7 +80,9 @@ class Settings(BaseSettings):
     max_waiting: int = Field(
         default=512, gt=0, description="urgent images that may wait in the farm; more are refused with 503"
     )
-    images_days: float = Field(default=30.0, gt=0, description="days that single images of the endpoint are kept")
+    images_days: float = Field(
+        default=30.0, ge=0, description="days that single images of the endpoint are kept; 0 keeps none"
+    )
     reserve: tuple[Reserve, ...] = Field(
         default=(), description="renderers kept free for urgent images, and models kept loaded, by time of day"
     )

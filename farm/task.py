@@ -40,4 +40,12 @@ class Task:
     def report(self) -> Report:
         """Where the lease stands."""
         progress = self.progress
-        return Report(self.lease.token, progress.stage, progress.ticks, progress.fraction, progress.in_hand)
+        return Report(
+            self.lease.token,
+            progress.stage,
+            progress.ticks,
+            progress.fraction,
+            progress.in_hand,
+            aside=progress.aside,
+            aside_s=progress.aside_s,
+        )

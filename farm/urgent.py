@@ -6,6 +6,7 @@ a place to draw them in, nor a place without images.
 """
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ BURST_S = 10.0
 """Seconds that urgent images may take before that begins to count."""
 LOOK = 4
 """So many times a batch is taken from the queue at once, since some may not share a batch once their tokens are known."""
+DROPPED_KEPT = 10_000
+"""Portions that were dropped before they came, and are refused when they do."""
 
 
 class Share:
@@ -101,7 +104,10 @@ class UrgentImage:
 
 
 class UrgentQueue:
-    """The urgent images of one renderer. `changed` is notified whenever what waits has changed."""
+    """The urgent images of one renderer. `changed` is notified whenever what waits has changed.
+
+    `ticks` counts steps, loads and pictures: it only grows while there is progress.
+    """
 
     def __init__(self, changed: threading.Condition, *, share: Share | None = None):
         self.changed = changed
@@ -112,6 +118,8 @@ class UrgentQueue:
         self._turn = count(1)
         self._numbers = count()
         self._closed: FarmError | None = None
+        self._dropped: OrderedDict[str, None] = OrderedDict()
+        self.ticks = 0
 
     def __len__(self) -> int:
         """Return how many images wait; cheap, and asked after every denoising step."""
@@ -123,7 +131,10 @@ class UrgentQueue:
         return sum(len(hand.portion.specs) - len(hand.drawn) for hand in tuple(self._hands.values()))
 
     def put(self, portion: Portion, *, now: float) -> Future[Answer]:
-        """Take in a portion; a token that is in hand already brings the same answer. Raises what `close` was given."""
+        """Take in a portion; a token that is in hand already brings the same answer.
+
+        Raises what `close` was given, and CancelledError for one that was dropped before it came.
+        """
         weights = weights_of(portion.card, portion.numerics)
         with self.changed:
             if self._closed is not None:
@@ -131,6 +142,8 @@ class UrgentQueue:
             known = self._hands.get(portion.token)
             if known is not None:
                 return known.answer
+            if portion.token in self._dropped:
+                raise CancelledError("the portion was dropped before it came")
             hand = self._hands[portion.token] = InHand(portion, now)
             hand.answer.set_running_or_notify_cancel()  # who waits for it may go without ending it for others
             for place in range(len(portion.specs)):
@@ -139,8 +152,17 @@ class UrgentQueue:
             return hand.answer
 
     def drop(self, token: str) -> bool:
-        """Let go of a portion: what waits is forgotten, what is drawn ends after its step. False for one not in hand."""
-        return self._end(self._hands.get(token), CancelledError("the portion was dropped"))
+        """Let go of a portion: what waits is forgotten, what is drawn ends after its step.
+
+        False for one not in hand; it may be on its way, and is refused then.
+        """
+        with self.changed:
+            hand = self._hands.get(token)
+            if hand is None:
+                self._dropped[token] = None
+                while len(self._dropped) > DROPPED_KEPT:
+                    self._dropped.popitem(last=False)
+            return self._end(hand, CancelledError("the portion was dropped"))
 
     def fail(self, weights: Weights, error: FarmError) -> None:
         """Fail all portions that wait to be drawn with these weights."""
@@ -181,10 +203,17 @@ class UrgentQueue:
         self._waiting = [image for image in self._waiting if image.hand is not hand]
         self.changed.notify_all()
 
-    def next(self, weights: Weights | None = None) -> UrgentImage | None:
-        """Return the image whose turn it is, of those that these weights draw where some are named; it is not taken."""
+    def next(self, weights: Weights | None = None, *, within_step: bool = False) -> UrgentImage | None:
+        """Return the image whose turn it is, of those that these weights draw where some are named; it is not taken.
+
+        `within_step`: pass over those that wait for the end of a batch.
+        """
         with self.changed:
-            fits = (image for image in self._waiting if weights is None or image.weights == weights)
+            fits = (
+                image
+                for image in self._waiting
+                if (weights is None or image.weights == weights) and not (within_step and image.waits_for_batch)
+            )
             return min(fits, key=lambda image: (self._turns.get(image.owner, 0), image.number), default=None)
 
     def take(self, weights: Weights, most: int, *, within_step: bool = False) -> list[UrgentImage]:
@@ -234,12 +263,19 @@ class UrgentQueue:
                 waiting = {image.owner for image in images}
                 self._turns = {owner: turn for owner, turn in self._turns.items() if owner in waiting}
 
-    def loaded(self, weights: Weights, seconds: float) -> None:
-        """Loading a model took so long, and whoever waited for these weights waited for that."""
+    def loaded(self, weights: Weights, seconds: float, *, now: float) -> None:
+        """Loading a model took so long until now; whoever waited for these weights waited for that, or for its end."""
         with self.changed:
+            self.ticks += 1
             for image in self._waiting:
                 if image.weights == weights and image.hand.begun is None:
-                    image.hand.load_s = seconds
+                    image.hand.load_s = min(seconds, now - image.hand.arrived)
+
+    def progressed(self) -> int:
+        """A step was done, or begun; returns the `ticks`."""
+        with self.changed:
+            self.ticks += 1
+            return self.ticks
 
     def spent(self, images: Sequence[UrgentImage], seconds: float) -> None:
         """The device worked so long on these, each its share."""
@@ -251,7 +287,8 @@ class UrgentQueue:
         """An image is ready, or has failed for good; the last one of its portion gives the answer."""
         hand = image.hand
         with self.changed:
-            if hand.gone:
+            self.ticks += 1
+            if hand.gone or image.place in hand.drawn:
                 return
             hand.drawn[image.place] = drawn
             if len(hand.drawn) < len(hand.portion.specs):

@@ -44,6 +44,7 @@ class UrgentDrawing:
         self._queue = queue
         self._meters = meters
         self._pending_bytes = 0
+        self._pending: dict[UrgentImage, int] = {}
         self._drawing = 0
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
 
@@ -75,24 +76,30 @@ class UrgentDrawing:
         with self._cores.changed:
             self._drawing += 1
         try:
-            return self._draw_each(engine, batch, members, on_step)
+            return self._draw_each(engine, batch, members, on_step, kind)
         finally:
             with self._cores.changed:
                 self._drawing -= 1
 
-    def _draw_each(self, engine: Engine, batch: Batch, members: list[UrgentImage], on_step: OnStep) -> list[Finished]:
-        """Draw a batch, and each image alone where that fails."""
+    def _draw_each(
+        self, engine: Engine, batch: Batch, members: list[UrgentImage], on_step: OnStep, kind: Kind
+    ) -> list[Finished]:
+        """Draw a batch, and each image alone where that fails; one without room beside the batch in hand waits for its end."""
         drawn = self._try(engine, batch, members, on_step)
         if not isinstance(drawn, Failure):
             return drawn
         if len(members) == 1:
-            self._fail(members[0], drawn)
+            if kind == "step" and drawn.no_memory:
+                members[0].waits_for_batch = True
+                self._queue.put_back(members)
+            else:
+                self._fail(members[0], drawn)
             return []
         log.warning("urgent batch failed, each image alone", extra={"reason": drawn.message})
         finished: list[Finished] = []
         for place, image in enumerate(members):
             if not image.hand.gone:
-                finished += self._draw_each(engine, batch.part([place]), [image], on_step)
+                finished += self._draw_each(engine, batch.part([place]), [image], on_step, kind)
         return finished
 
     def _cut(
@@ -116,7 +123,7 @@ class UrgentDrawing:
         for batch in batches:
             fitting = [place for place in range(len(batch.specs)) if fits(batch.part([place]))]
             for place, number in enumerate(batch.indexes):
-                images[number].waits_for_batch = place not in fitting
+                images[number].waits_for_batch |= place not in fitting
             if chosen is None and fitting:
                 chosen = batch.part(fitting)
         drawn = chosen.indexes if chosen is not None else ()
@@ -176,14 +183,26 @@ class UrgentDrawing:
             )
             return
         with self._cores.changed:
+            self._pending[image] = picture.pixels.nbytes
             self._pending_bytes += picture.pixels.nbytes
         try:
             self._encoders.submit(self._encode, image, picture)
-        except RuntimeError:
-            if not self._queue.closed:
-                raise
+        except RuntimeError as exc:
+            # It is closed, or has no thread; one that it gets later may still find the picture, and passes over it.
+            if self._let_go(image) and not image.hand.gone:
+                self._fail(image, Failure(NOT_WRITTEN, f"the image could not be encoded: {exc}"))
+
+    def _let_go(self, image: UrgentImage) -> bool:
+        """A picture waits no longer; False where it did not."""
+        with self._cores.changed:
+            nbytes = self._pending.pop(image, None)
+            self._pending_bytes -= nbytes or 0
+            self._cores.changed.notify_all()
+            return nbytes is not None
 
     def _encode(self, image: UrgentImage, picture: Picture) -> None:
+        if image not in self._pending:
+            return
         try:
             if not image.hand.gone:
                 self._settle(image, self._encoded(image, picture))
@@ -191,9 +210,7 @@ class UrgentDrawing:
             log.exception("picture not encoded")
             self._fail(image, Failure(NOT_WRITTEN, f"the image could not be encoded: {type(exc).__name__}: {exc}"))
         finally:
-            with self._cores.changed:
-                self._pending_bytes -= picture.pixels.nbytes
-                self._cores.changed.notify_all()
+            self._let_go(image)
 
     def _encoded(self, image: UrgentImage, picture: Picture) -> Drawn:
         spec = image.spec

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Literal
@@ -99,6 +100,20 @@ def living(note: Path) -> Whereabouts | None:
     """Return what a note says whose writer lives."""
     found = read_note(note)
     return found if found is not None and found.lives else None
+
+
+def clear_away(note: Path) -> Whereabouts | None:
+    """Remove what a farm left whose process was killed, its note too; return what the note said, None where nothing was left.
+
+    Held for the note's lock by the caller, so that nobody starts meanwhile.
+    """
+    found = read_note(note)
+    if found is None or found.lives:
+        return None
+    if found.folder:
+        shutil.rmtree(found.folder, ignore_errors=True)
+    note.unlink(missing_ok=True)
+    return found
 
 
 def refuse_second(settings: Settings) -> None:

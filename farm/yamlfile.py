@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,17 +37,17 @@ Record = TypeVar("Record", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A file's plain data, and the line (from 1) of every key and list item in it."""
+    """A file's plain data, and the line (from 1) of every key and list item in it; JSON's are not known."""
 
     path: str
     data: dict[str, Any]
     lines: dict[Loc, int]
 
     def where(self, loc: Loc) -> str:
-        """Return `path:line` of the place, or of the nearest place around it that is written down."""
+        """Return `path:line` of the place, or of the nearest place around it that is written down; `path` without lines."""
         while loc and loc not in self.lines:
             loc = loc[:-1]
-        return f"{self.path}:{self.lines.get(loc, 1)}"
+        return f"{self.path}:{self.lines[loc]}" if loc in self.lines else self.path
 
 
 def read_yaml(path: str | Path, error: type[InputError], *, what: str) -> Document:
@@ -76,12 +77,24 @@ def parse_yaml(data: bytes, shown: str, error: type[InputError], *, what: str) -
             f"{shown}:{_line(node)}: a {what} is a mapping of keys to values, got {kind}; write `key: value` lines"
         )
     builder = _Builder(shown, error, yaml)
+    builder.check_size(node)
     return Document(path=shown, data=builder.build(node, (), 0), lines=builder.lines)
 
 
 def parse_json(data: bytes, shown: str, error: type[InputError], *, what: str) -> Document:
     """Parse the bytes of one JSON object; `shown` names them in messages. Raises `error`."""
-    text = _decoded(data, shown, error, what)
+    found = load_json(_decoded(data, shown, error, what), shown, error, what=what)
+    if not isinstance(found, dict):
+        kind = "a list" if isinstance(found, list) else "a single value"
+        raise error(f"{shown}: a {what} is an object of keys and values, got {kind}; write {{...}}")
+    fault = _plain_fault(found)
+    if fault is not None:
+        raise error(f"{shown}: {fault}")
+    return Document(path=shown, data=found, lines={})
+
+
+def load_json(text: str, shown: str, error: type[InputError], *, what: str) -> Any:
+    """Parse JSON text of any kind; a key that stands twice, NaN and infinity are refused. Raises `error`."""
 
     def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -95,20 +108,14 @@ def parse_json(data: bytes, shown: str, error: type[InputError], *, what: str) -
         raise error(f"{shown}: {name} is no JSON number; write a finite one")
 
     try:
-        found = json.loads(text, object_pairs_hook=fields, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=fields, parse_constant=refuse)
     except json.JSONDecodeError as exc:
         raise error(f"{shown}:{exc.lineno}: not JSON: {exc.msg} in column {exc.colno}; mend it there") from exc
     except RecursionError as exc:
         raise error(f"{shown}: nested too deep; a {what} needs a few levels only") from exc
-    except ValueError as exc:  # a whole number of thousands of digits
-        raise error(f"{shown}: not JSON: {_one_line(exc)}; mend it") from exc
-    if not isinstance(found, dict):
-        kind = "a list" if isinstance(found, list) else "a single value"
-        raise error(f"{shown}: a {what} is an object of keys and values, got {kind}; write {{...}}")
-    fault = _plain_fault(found)
-    if fault is not None:
-        raise error(f"{shown}: {fault}")
-    return Document(path=shown, data=found, lines={})
+    except ValueError as exc:
+        most = sys.get_int_max_str_digits()
+        raise error(f"{shown}: a whole number has more than {most} digits; write a smaller one") from exc
 
 
 def validate(
@@ -215,6 +222,13 @@ def _syntax_message(path: str, text: str, exc: MarkedYAMLError) -> str:
     return f"{path}:{line}: not YAML: {problem}; {hint}"
 
 
+def _parts(node: Node) -> list[Node]:
+    """The nodes of which a node is built; keys are no values."""
+    if isinstance(node, MappingNode):
+        return [value for _, value in node.value]
+    return list(node.value) if isinstance(node, SequenceNode) else []
+
+
 def _line(node: Node) -> int:
     return int(node.start_mark.line) + 1
 
@@ -223,18 +237,33 @@ class _Builder:
     """Turns composed nodes into plain data and notes their lines."""
 
     def __init__(self, path: str, error: type[InputError], yaml: YAML):
-        self.lines: dict[Loc, int] = {}
+        self.lines: dict[Loc, int] = {(): 1}
         self._path = path
         self._error = error
         self._constructor = yaml.constructor
-        self._nodes = 0
+
+    def check_size(self, root: Node) -> None:
+        """Refuse what its anchors would make too large, by counting each node once: building it would take seconds."""
+        sizes: dict[int, int | None] = {}
+        waiting = [root]
+        while waiting:
+            node, parts = waiting[-1], _parts(waiting[-1])
+            if id(node) not in sizes:
+                sizes[id(node)] = None  # until its parts are counted
+                if any(sizes.get(id(part), 0) is None for part in parts):
+                    self._fail(node, f"nested deeper than {MAX_DEPTH} levels; anchors must not contain themselves")
+                waiting += [part for part in parts if id(part) not in sizes]
+                continue
+            waiting.pop()
+            size = sizes[id(node)] = 1 + sum(sizes[id(part)] or 0 for part in parts)
+            if size > MAX_NODES:
+                self._fail(
+                    node, f"more than {MAX_NODES} values once its anchors are expanded; write less, or use files"
+                )
 
     def build(self, node: Node, loc: Loc, depth: int) -> Any:
-        self._nodes += 1
-        if self._nodes > MAX_NODES:
-            self._fail(node, f"more than {MAX_NODES} values once its anchors are expanded; write less, or use files")
         if depth > MAX_DEPTH:
-            self._fail(node, f"nested deeper than {MAX_DEPTH} levels; anchors must not contain themselves")
+            self._fail(node, f"nested deeper than {MAX_DEPTH} levels; write it flat")
         kind = str(node.tag).rpartition(":")[2]
         if isinstance(node, MappingNode | SequenceNode) and kind not in ("map", "seq"):
             self._fail(node, f"the tag {node.tag} is not supported; take it out")

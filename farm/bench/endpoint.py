@@ -15,9 +15,10 @@ from the receipts of the undisturbed run. Both runs must have the same bytes in 
 Images per second from 1, 8 and 64 clients, each with one image in hand. The floor is again the denoiser, which costs the same
 everywhere: a server wins by full batches and by what else it keeps off the cores that draw. Ray Serve with `@serve.batch`
 and LitServe draw with the stock pipeline, in the farm's batch size; both run as one replica whose torch uses all cores, and as
-one replica of a single thread for each core, which is how a renderer draws this model. The farm also writes provenance into
-each picture, hashes it and keeps it in a store. All in turn in one run; medians over the rounds, ratios to the farm of the same
-round.
+one replica of a single thread for each core. They answer and forget; so does the farm here (FARM_IMAGES_DAYS=0), which runs a
+renderer for each core by default. It runs once more keeping every picture and its record in a store, as it does by default,
+and once as a single renderer that draws in as many threads of one process, which share Python's lock. It also writes provenance
+into each picture and hashes it. All in turn in one run; medians over the rounds, ratios to the first farm of the same round.
 """
 
 import json
@@ -30,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -49,6 +51,23 @@ LOOK_EVERY = 4
 """Images after which the job is asked for, which reads its store."""
 PAUSE_S = (0.1, 0.6)
 """Between two urgent images, drawn at random: so that they do not keep step with the bulk work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A server of `farm.bench.servers`: how many processes, and torch's threads in each."""
+
+    module: str
+    replicas: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a farm is started: its renderers, by default one a core, and whether it keeps its pictures."""
+
+    renderers: int | None = None
+    keeps: bool = False
 
 
 class Overhead(TypedDict):
@@ -161,18 +180,13 @@ def cut_in(bulk: int) -> CutIn:
 
 def rates(rounds: int, load: dict[int, int]) -> list[Rate]:
     """Every contender once a round."""
-    cores = len(os.sched_getaffinity(0))
-    peers = {
-        f"{title}, {replicas} × {threads} thread{'s' * (threads > 1)}": (module, replicas, threads)
-        for title, module in (("serve.batch", "ray_serve"), ("LitServe", "lit_serve"))
-        for replicas, threads in sorted({(1, cores), (cores, 1)})
-    }
     found: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    contenders = _contenders()
     for number in range(rounds):
-        for name in ("farm", *peers):
-            with farm() if name == "farm" else _peer(*peers[name]) as port:
-                path = GENERATIONS if name == "farm" else "/draw"
-                drive(port, path, _requests(WARM_IMAGES, seed=0), clients=max(load))
+        for name, contender in contenders.items():
+            path = "/draw" if isinstance(contender, Peer) else GENERATIONS
+            with _peer(contender) if isinstance(contender, Peer) else farm(setup=contender) as port:
+                drive(port, path, _requests(WARM_IMAGES, seed=0), clients=WARM_IMAGES)
                 for clients, images in load.items():
                     replies, seconds = drive(port, path, _requests(images, seed=3 + clients), clients=clients)
                     rate = images / seconds
@@ -193,9 +207,21 @@ def rates(rounds: int, load: dict[int, int]) -> list[Rate]:
             p95_ms=statistics.median(p95 for _, _, p95 in measured),
         )
         for clients in load
-        for name in ("farm", *peers)
+        for name in contenders
         for measured in [found[name, clients]]
     ]
+
+
+def _contenders() -> dict[str, Peer | Setup]:
+    """By name: the farm, as it may be started, and its peers."""
+    cores = len(os.sched_getaffinity(0))
+    found: dict[str, Peer | Setup] = {"farm": Setup(), "farm that keeps its pictures": Setup(keeps=True)}
+    if cores > 1:
+        found[f"farm, 1 renderer of {cores} threads"] = Setup(renderers=1)
+    for title, module in (("serve.batch", "ray_serve"), ("LitServe", "lit_serve")):
+        for replicas, threads in sorted({(1, cores), (cores, 1)}):
+            found[f"{title}, {replicas} × {threads} thread{'s' * (threads > 1)}"] = Peer(module, replicas, threads)
+    return found
 
 
 def table(found: Measured) -> str:
@@ -228,7 +254,7 @@ def table(found: Measured) -> str:
 
 
 @contextmanager
-def farm(store: Path | None = None) -> Iterator[int]:
+def farm(store: Path | None = None, *, setup: Setup = Setup(keeps=True)) -> Iterator[int]:
     """A farm of its own with its endpoint; yields the port."""
     with tempfile.TemporaryDirectory(prefix="farm-bench-") as name:
         folder, port = Path(name), free_port()
@@ -236,30 +262,30 @@ def farm(store: Path | None = None) -> Iterator[int]:
             "FARM_STORE": str(store or folder / "store"),
             "FARM_RUNTIME_DIR": str(folder / "runtime"),
             "FARM_HTTP_PORT": str(port),
+            **({} if setup.keeps else {"FARM_IMAGES_DAYS": "0"}),
         }
-        with running([FARM, "up"], port=port, folder=folder, env=env, ready=lambda client: client.ask("/readyz")):
+        command = [FARM, "up"] + (["--renderers", str(setup.renderers)] if setup.renderers else [])
+        with running(command, port=port, folder=folder, env=env, ready=lambda client: client.ask("/readyz")):
             yield port
 
 
 @contextmanager
-def _peer(module: str, replicas: int, threads: int) -> Iterator[int]:
-    batch = find_card("sketch", load_settings()).batch["cpu"]
-    given = {"port": free_port(), "batch": batch, "replicas": replicas, "threads": threads}
-    command = [sys.executable, "-m", f"farm.bench.servers.{module}"]
-    for name, value in given.items():
-        command += [f"--{name}", str(value)]
+def _peer(peer: Peer) -> Iterator[int]:
+    port, batch = free_port(), find_card("sketch", load_settings()).batch["cpu"]
+    command = [sys.executable, "-m", f"farm.bench.servers.{peer.module}", "--port", str(port), "--batch", str(batch)]
+    command += ["--replicas", str(peer.replicas), "--threads", str(peer.threads)]
     first = _requests(1, seed=0)[0]
     with (
         tempfile.TemporaryDirectory(prefix="farm-bench-") as folder,
         running(
             command,
-            port=given["port"],
+            port=port,
             folder=Path(folder),
             env={"RAY_worker_niceness": "0"},
             ready=lambda client: client.ask("/draw", first),
         ),
     ):
-        yield given["port"]
+        yield port
 
 
 def _disturb(port: int, manifest: str) -> list[float]:
@@ -309,6 +335,6 @@ def _requests(count: int, *, seed: int) -> Sequence[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    measured = measure(images=100, bulk=480, rounds=3, load={1: 24, 8: 128, 64: 256})
+    measured = measure(images=100, bulk=480, rounds=3, load={1: 24, 8: 128, 64: 320})
     print(table(measured))
     print(json.dumps({"environment": environment(), "endpoint": measured}))

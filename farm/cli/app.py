@@ -93,3 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_error("usage", f"{message.rstrip('.')}; try `farm --help`", as_json="--json" in arguments)
         return int(Exit.INPUT)
     return int(ended or 0)
+
+
+if __name__ == "__main__":
+    run()

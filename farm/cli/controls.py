@@ -54,7 +54,11 @@ def resume(options: Options, job: Job) -> Exit:
             return remote.show_said(options, farm.resume(job))
     from farm import controls
 
-    return _ended(options, controls.resume(options.open_ledger(), job, at=now_iso(), by=whoami()), needs_farm=True)
+    said = controls.resume(options.open_ledger(), job, at=now_iso(), by=whoami())
+    ended = _ended(options, said, needs_farm=said.control is not None)
+    if said.control is None and said.state == "open" and not options.json:
+        note(f"a farm that had stopped it tries again with: farm retry {job}, or farm render of its manifest")
+    return ended
 
 
 def cancel(options: Options, job: Job) -> Exit:

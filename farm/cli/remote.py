@@ -21,6 +21,8 @@ AGAIN_S = 1.0
 CLEAR = "\033[H\033[2J"
 GOING_ON = RUNNING | {"open"}
 """States in which a job needs nobody to speak; `open` is what the store says of one that its farm has not looked at yet."""
+HELD_UP = frozenset({"stalled", "stopped"})
+"""States in which a farm stopped a job by itself: the store calls it open."""
 TOLD_BY_STORE = frozenset({"done", "cancelled", "deleted", "paused", "pilot"})
 
 
@@ -110,7 +112,7 @@ def show_jobs(farm: "Client", jobs: Sequence["Job"]) -> None:
     rows = [
         (
             printable(one.job),
-            printable(one.state),
+            printable(_state(one)),
             printable(one.model),
             f"{one.images:,}",
             f"{100 * one.done // one.images} %" if one.images else "–",
@@ -129,7 +131,7 @@ def show_job(options: Options, found: "Job") -> Exit:
     if options.json:
         print_json(found.record)
         return Exit.OK
-    say(f"{printable(found.job)}: {printable(found.state)}, {_rendered(found)}, {found.failed:,} failed")
+    say(f"{printable(found.job)}: {printable(_state(found))}, {_rendered(found)}, {found.failed:,} failed")
     if found.state == "deleted":
         return Exit.OK
     say(f"  model      {printable(found.model)}")
@@ -211,6 +213,12 @@ def _show_totals(totals: dict[str, Any]) -> None:
         say(f"  size       {size(number_bytes)}")
 
 
+def _state(found: "Job") -> str:
+    """The job's state; of one that is open and goes no further, what the farm calls that."""
+    live = found.live
+    return live.state if found.state == "open" and live is not None and live.state in HELD_UP else found.state
+
+
 def _rendered(found: "Job") -> str:
     return f"{found.done:,} of {count(found.images, 'image')}"
 
@@ -235,6 +243,8 @@ def _advice(found: "Job") -> str | None:
             return f"go on with it: farm resume {job}"
         case "done" if found.failed:
             return f"render the failed images again: farm retry {job}"
+        case "open" if _state(found) == "stalled":
+            return f"when its trouble is mended, the farm tries again: farm resume {job}"
         case "open":
             return f"follow it: farm status {job} -w"
     return None

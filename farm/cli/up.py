@@ -21,6 +21,8 @@ from farm.cli.terminal import note, print_error, print_json, say
 from farm.errors import FarmUnavailableError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from farm.settings import Settings
     from farm.whereabouts import Whereabouts
 
@@ -45,7 +47,12 @@ def up(
     ] = None,
     renderers: Annotated[
         int | None,
-        typer.Option("--renderers", min=1, metavar="N", help="Renderers to start; one per GPU, or one on the CPU."),
+        typer.Option(
+            "--renderers",
+            min=1,
+            metavar="N",
+            help="Renderers to start; one per GPU; without, one per core, four at most.",
+        ),
     ] = None,
 ) -> Exit:
     """Start the farm and its endpoint, and stay until Ctrl-C or `farm down`.
@@ -73,6 +80,7 @@ def down(options: Options) -> Exit:
 
     settings = options.settings()
     found = living(note_file(settings))
+    left = _clear_away(note_file(settings)) if found is None else None
     if found is not None and found.command != "up":
         raise FarmUnavailableError(
             f"that farm belongs to farm render (process {found.pid}) and ends with its job; stop it there, with Ctrl-C"
@@ -82,9 +90,10 @@ def down(options: Options) -> Exit:
         said = f"the farm at {found.url or 'this machine'} is down"
     elif settings.address and _take_down(settings):
         said = f"the farm at {settings.address} is down"
+    elif left is not None:
+        said = f"no farm runs for {settings.store}; what one left that was killed (process {left.pid}) is cleared away"
     else:
         said = f"no farm runs for {settings.store}; nothing was to be done"
-        found = None
     if options.json:
         print_json({"message": said, "url": found.url if found else None})
     else:
@@ -161,6 +170,19 @@ def _stop(found: "Whereabouts") -> None:
                 "what is stored stays"
             )
         time.sleep(0.1)
+
+
+def _clear_away(note_of_it: "Path") -> "Whereabouts | None":
+    """Remove what a killed farm left, unless one starts at this moment, which does so itself."""
+    from filelock import FileLock, Timeout
+
+    from farm.whereabouts import clear_away
+
+    try:
+        with FileLock(note_of_it.with_suffix(".lock"), timeout=0):
+            return clear_away(note_of_it)
+    except Timeout:
+        return None
 
 
 def _take_down(settings: "Settings") -> bool:

@@ -129,6 +129,8 @@ def unanswered(exc: httpx2.TransportError, address: Address, *, may_have_happene
         return FarmUnavailableError(
             f"no farm answers at {address.url} ({said}); is it up (farm up), and is FARM_URL right?"
         )
+    if address.url.startswith("http://") and isinstance(exc, httpx2.RemoteProtocolError | httpx2.ReadError):
+        said += "; if it speaks TLS, write https://"
     perhaps = "; what was asked may have been done all the same" if may_have_happened else ""
     return FarmUnavailableError(f"{address.url} broke off in the middle of an answer ({said}){perhaps}")
 

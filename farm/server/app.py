@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from farm import __version__
 from farm.server import docs, errors, events, health, images, jobs, models, renderers, singles
 from farm.server.doors import Doors
+from farm.server.methods import Methods
 from farm.server.services import Services
 
 THREADS = 32
@@ -47,7 +48,9 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.openapi = lambda: docs.document(app)  # type: ignore[method-assign]
     errors.install(app)
-    for part in (images, models, jobs, events, singles, renderers, health, docs):
-        app.include_router(part.router)
+    routers = [part.router for part in (images, models, jobs, events, singles, renderers, health, docs)]
+    for router in routers:
+        app.include_router(router)
+    app.add_middleware(Methods, routers=routers)
     app.add_middleware(Doors, services=services)
     return app

@@ -3,7 +3,7 @@ reach the routes as they are.
 
 Refuses other hosts' names (a web page that names this machine otherwise is not ours) and other pages' origins, bodies that are
 neither JSON nor, for jobs, YAML, and bodies that are too large or too slow. Finds out whose key it is before a body is read.
-Counts requests.
+Closes the connection where a body was not read to its end: else who was refused could hold it. Counts requests.
 """
 
 import asyncio
@@ -20,14 +20,15 @@ from farm.exposure import is_loopback
 from farm.keys import PREFIX, Key
 from farm.server.docs import OPEN
 from farm.server.errors import answer_of, error_answer
+from farm.server.methods import STREAMS
 from farm.server.services import Services
 
 BODY_BYTES = 2**20
 MANIFEST_BYTES = 16 * 2**20
 BODY_S = 60.0
 """How long a client may take to send its body."""
-STREAMS = ("/events",)
-"""How the paths of event streams end: their seconds say nothing of the farm."""
+LINGER_S, LINGER_BYTES = 1.0, 2**20
+"""So long and so much of a body that nobody reads is still taken, so that the client comes to read the answer."""
 
 _JSON = frozenset({b"application/json"})
 _YAML = frozenset({b"application/yaml", b"application/x-yaml", b"text/yaml", b"text/x-yaml"})
@@ -38,6 +39,7 @@ _ALWAYS = [
     (b"referrer-policy", b"no-referrer"),
 ]
 """What every answer says, since some of them end up in a browser."""
+_CLOSE = (b"connection", b"close")
 
 
 class Doors:
@@ -57,17 +59,23 @@ class Doors:
             await self._app(scope, receive, send)
             return
         meters, started, status = self._services.meters, time.perf_counter(), "499"
+        body = _Body(receive, unread=_has_body(dict(scope["headers"])))
+        closes = False
 
         async def answering(message: Message) -> None:
-            nonlocal status
+            nonlocal status, closes
             if message["type"] == "http.response.start":
-                status = str(message["status"])
-                message["headers"] = [*message.get("headers", ()), *_ALWAYS]
+                status, closes = str(message["status"]), body.unread
+                message["headers"] = [*message.get("headers", ()), *_ALWAYS, *([_CLOSE] if closes else [])]
+            elif closes and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await body.linger()
+                message = {"type": "http.response.body"}
             await send(message)
 
         meters.shift("farm_http_in_flight", 1)
         try:
-            await self._let_in(scope, receive, answering)
+            await self._let_in(scope, body.receive, answering)
         finally:
             meters.shift("farm_http_in_flight", -1)
             method = scope["method"] if scope["method"] in _METHODS else "other"
@@ -100,9 +108,10 @@ class Doors:
         origin = headers.get(b"origin")
         if origin is None:
             return None
-        parts = urlsplit(origin.decode("latin-1").lower())
-        if parts.netloc == authority or (self._public is not None and parts.hostname == self._public):
-            return None
+        with contextlib.suppress(ValueError):  # an origin that is no address is another's too
+            parts = urlsplit(origin.decode("latin-1").lower())
+            if parts.netloc == authority or (self._public is not None and parts.hostname == self._public):
+                return None
         return 403, "requests from other sites' pages are not answered", "origin"
 
     async def _who(self, authorization: bytes) -> Key:
@@ -122,6 +131,32 @@ class Doors:
         return await asyncio.to_thread(services.keys.check, text, now)
 
 
+class _Body:
+    """A request's body on its way in. `unread`: whether some of it may still come."""
+
+    def __init__(self, receive: Receive, *, unread: bool):
+        self._receive = receive
+        self.unread = unread
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if not message.get("more_body", False):  # its end, or the client has gone
+            self.unread = False
+        return message
+
+    async def linger(self) -> None:
+        """Take what comes for a moment: a connection that is closed with something unread in it may lose the answer."""
+        taken = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while self.unread and taken < LINGER_BYTES:
+                    taken += len((await self.receive()).get("body", b""))
+
+
+def _has_body(headers: dict[bytes, bytes]) -> bool:
+    return headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
+
+
 def _name(authority: str) -> str:
     """The host of `host:port`."""
     if authority.startswith("["):
@@ -131,9 +166,9 @@ def _name(authority: str) -> str:
 
 def _wrong_body(scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str, str] | None:
     """JSON only: what a form of another site's page can send without asking is none."""
-    length = headers.get(b"content-length", b"0")
-    if length == b"0" and b"transfer-encoding" not in headers:
+    if not _has_body(headers):
         return None
+    length = headers.get(b"content-length", b"0")
     limit = _limit(scope["path"])
     if not length.isdigit() or int(length[:20]) > limit:
         return (

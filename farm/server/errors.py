@@ -8,6 +8,7 @@
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -26,12 +27,15 @@ from farm.errors import (
     InputError,
     LaterError,
     LimitedError,
+    ManifestError,
     ModelCardError,
     NumericsError,
     PlacementError,
     PlanChangedError,
+    PromptError,
     RendererDiedError,
     RequestError,
+    StoreDeniedError,
     StoreFullError,
     StoreUnavailableError,
     UnauthorizedError,
@@ -41,12 +45,15 @@ from farm.errors import (
     UnknownRendererError,
     WaitingError,
 )
+from farm.modelcard import HOW_TO_ADD
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
 """What is told where it is not known when trying again will help."""
 MESSAGE_MAX = 2000
+_FOLDERS = re.compile(r"""(?<![\w.:/])/(?!v1/)(?:[^\s:;,'"()/]+/)+""")
+"""The folders of a file of this machine; an address of this endpoint is none."""
 VALUE_MAX = 100
 
 STATUSES: tuple[tuple[type[FarmError], int], ...] = (
@@ -61,6 +68,7 @@ STATUSES: tuple[tuple[type[FarmError], int], ...] = (
     (WaitingError, 409),
     (NumericsError, 409),
     (PlacementError, 400),
+    (ModelCardError, 503),
     (InputError, 400),
     (LimitedError, 429),
     (BusyError, 503),
@@ -68,9 +76,19 @@ STATUSES: tuple[tuple[type[FarmError], int], ...] = (
     (RendererDiedError, 503),
     (StoreUnavailableError, 503),
     (StoreFullError, 503),
+    (StoreDeniedError, 503),
     (FarmError, 500),
 )
 """The first class that an error is one of counts."""
+
+_STORE = "the farm's store cannot be written at the moment; tell its operator"
+OPERATORS: Mapping[type[FarmError], str] = {
+    StoreDeniedError: _STORE,
+    StoreFullError: _STORE,
+    ModelCardError: "the farm cannot use this model at the moment: its card or its weights are not to be had; ask again "
+    "later, or tell the farm's operator",
+}
+"""What is told of errors that only the farm's operator can mend; the log has what they say."""
 
 _MODEL_ERRORS = (UnknownModelError, ModelCardError, PlacementError)
 _TYPES = {
@@ -85,7 +103,7 @@ _TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
+_CODES = {400: "request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
 
 
 class ErrorBody(BaseModel):
@@ -116,9 +134,28 @@ def status_of(error: FarmError) -> int:
     return next(status for kind, status in STATUSES if isinstance(error, kind))
 
 
-def answer_of(error: FarmError) -> Response:
-    """An error of ours as an answer."""
+def told(error: FarmError, *, store: str | None = None) -> str:
+    """What clients hear of an error; see `scrubbed`. Those that only the operator can mend say no more than that."""
+    for kind, message in OPERATORS.items():
+        if isinstance(error, kind):
+            return message
+    message = error.message.removesuffix(HOW_TO_ADD)
+    # These repeat what the client wrote, and a manifest sent over HTTP reads no file of this machine.
+    if isinstance(error, RequestError | ManifestError | PromptError):
+        return message if store is None else message.replace(store, "the store")
+    return scrubbed(message, store=store)
+
+
+def scrubbed(text: str, *, store: str | None = None) -> str:
+    """A text without what is the operator's affair: where the store lies, and the folders of this machine's files."""
+    return _FOLDERS.sub("", text if store is None else text.replace(store, "the store"))
+
+
+def answer_of(error: FarmError, *, store: str | None = None) -> Response:
+    """An error of ours as an answer. `store`: the store's address, which is taken out."""
     status = status_of(error)
+    if isinstance(error, tuple(OPERATORS)):
+        log.error("only the operator can mend this", extra={"code": error.code, "reason": error.message})
     headers = {}
     if status in (429, 503):
         later = error.retry_after_s if isinstance(error, LaterError) else None
@@ -126,7 +163,7 @@ def answer_of(error: FarmError) -> Response:
     if status == 401:
         headers["www-authenticate"] = 'Bearer realm="farm"'
     param = error.param if isinstance(error, RequestError) else "model" if isinstance(error, _MODEL_ERRORS) else None
-    return error_answer(status, error.message, code=error.code, param=param, headers=headers)
+    return error_answer(status, told(error, store=store), code=error.code, param=param, headers=headers)
 
 
 def error_answer(
@@ -162,9 +199,7 @@ async def _ours(request: Request, exc: Exception) -> Response:
     error = cast(FarmError, exc)
     if status_of(error) == 500:
         log.error("a request failed", exc_info=exc, extra={"path": request.url.path})
-    # Where the store lies is the operator's affair.
-    error.message = error.message.replace(request.app.state.services.ledger.store.url, "the store")
-    return answer_of(error)
+    return answer_of(error, store=request.app.state.services.ledger.store.url)
 
 
 async def _malformed(_request: Request, exc: Exception) -> Response:
@@ -174,6 +209,8 @@ async def _malformed(_request: Request, exc: Exception) -> Response:
 
 async def _http(request: Request, exc: Exception) -> Response:
     error = cast(HTTPException, exc)
+    if isinstance(error.__cause__, FarmError):  # FastAPI wraps what reading a body raises
+        return await _ours(request, error.__cause__)
     message, allowed = str(error.detail), (error.headers or {}).get("Allow")
     if error.status_code == 404 and message == "Not Found":
         message = f"there is nothing at {_shown(request.url.path)}; /docs shows what there is"
@@ -201,6 +238,14 @@ def fault(errors: Sequence[Any]) -> tuple[str, str | None]:
     if first["type"] == "missing":
         what = f"{param} is missing" if param else "the body is missing"
         return f"{what}; give it", param
+    context = first.get("ctx", {})
+    if first["type"] == "too_long":
+        return (
+            f"{param}: has {context['actual_length']} items, at most {context['max_length']} are taken; send less",
+            param,
+        )
+    if first["type"] == "too_short":
+        return f"{param}: must not be empty; give it at least {context['min_length']}, or leave it out", param
     text = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{param or where or 'request'}: {text}, got {_shown(first.get('input'))}", param
 

@@ -23,7 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from farm.errors import BusyError, FarmError, ObjectMissingError, UnknownJobError
 from farm.server.caller import Reader
-from farm.server.errors import answers
+from farm.server.errors import answers, told
 from farm.server.jobroom import ENDED, JobName, JobRoom, LiveRecord, Roomed
 from farm.server.landing import Landed, Position
 from farm.server.links import base_url
@@ -177,7 +177,8 @@ class _Watch:
                 return
             except FarmError as exc:
                 # The store or the farm may be back in a moment; the reader learns why it hears nothing.
-                yield f": {' '.join(exc.message.split())[:500]}\n\n".encode()
+                said = told(exc, store=self.links.store.url)
+                yield f": {' '.join(said.split())[:500]}\n\n".encode()
                 await asyncio.sleep(QUIET_LOOK_S)
             if clock() > self._quiet_since + HEARTBEAT_S:
                 self._quiet_since = clock()

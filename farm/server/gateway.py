@@ -129,7 +129,10 @@ class Gateway:
         try:
             placing = await asyncio.shield(entering)
         except asyncio.CancelledError:
-            self._tell(self._give_up(entering))
+            self._tell(self._give_up(entry, entering))
+            raise
+        except FarmUnavailableError:
+            self._tell(self._leave(entry.token))
             raise
         if placing.refusal is not None:
             raise refused(placing.refusal)
@@ -152,42 +155,50 @@ class Gateway:
             output=errand.output,
         )
         self._held.add(seat.token)
-        seconds, finished = 0.0, False
+        seconds, finished, lost = 0.0, False, False
         try:
             answer = await self._link.draw(seat.renderer, portion)
             seconds, finished = answer.engine_s, True
             return answer
         except RendererDiedError as exc:
-            finished = True
+            finished = lost = True
             return exc
         except CancelledError as exc:
             # By the dispatcher, which gave the seat up, or with a renderer that was retired.
-            finished = True
+            finished = lost = True
             return RendererDiedError(f"{seat.renderer} put the images down: {exc.message}")
         except FarmUnavailableError as exc:
+            lost = True
             return RendererDiedError(f"{seat.renderer} does not answer: {exc.message}")
         finally:
             self._held.discard(seat.token)
-            self._tell(self._give_back(seat, seconds, drop=not finished))
+            self._tell(self._leave(seat.token, seconds, lost=lost, drawn_by=None if finished else seat.renderer))
 
-    async def _give_up(self, entering: "asyncio.Task[Placing]") -> None:
+    async def _give_up(self, entry: Entry, entering: "asyncio.Task[Placing]") -> None:
         """Give back the seats of a question whose answer nobody waits for any more."""
         try:
             placing = await entering
         except FarmUnavailableError:
+            await self._leave(entry.token)
             return
         for seat in placing.seats:
-            await self._give_back(seat, 0.0, drop=False)
+            await self._leave(seat.token)
 
-    async def _give_back(self, seat: Seat, seconds: float, *, drop: bool) -> None:
+    async def _leave(
+        self, token: str, seconds: float = 0.0, *, lost: bool = False, drawn_by: str | None = None
+    ) -> None:
+        """Give a seat back, or all of an entry's: also of one that was not answered, and may be heard only later.
+
+        `drawn_by`: the renderer that may be at it, and is told to drop it.
+        """
         try:
-            if drop:
-                await self._link.drop(seat.renderer, seat.token)
-            await answered(lambda: self._link.leave(seat.token, seconds=seconds))
+            if drawn_by is not None:
+                await self._link.drop(drawn_by, token)
+            await answered(lambda: self._link.leave(token, seconds=seconds, lost=lost))
         except FarmUnavailableError as exc:
-            log.info("a seat was not given back, and expires", extra={"token": seat.token, "reason": exc.message})
+            log.info("a seat was not given back, and expires", extra={"token": token, "reason": exc.message})
         except Exception:
-            log.exception("a seat could not be given back, and expires", extra={"token": seat.token})
+            log.exception("a seat could not be given back, and expires", extra={"token": token})
 
     def _tell(self, words: Coroutine[Any, Any, None]) -> None:
         """Say something that nobody waits for, and that must be said although whoever caused it has gone."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from farm.errors import RequestError
 from farm.manifest import MAX_SEED, Output
@@ -56,11 +56,22 @@ NOT_HERE: Mapping[str, str] = {
 
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
 
+_SIZE = r"(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})"
+
+
+def _sized(size: str) -> str:
+    if not re.fullmatch(_SIZE, size):
+        raise RequestError(f"size: write WIDTHxHEIGHT such as 1024x1024, or auto, got {size[:60]!r}", "size")
+    return size
+
+
+Size = Annotated[str, AfterValidator(_sized), WithJsonSchema({"type": "string", "pattern": f"^{_SIZE}$"})]
+
 
 class ImagesRequest(BaseModel):
     """What to draw. Fields of the OpenAI API, then the farm's own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     model: str | None = Field(
         default=None,
@@ -70,11 +81,7 @@ class ImagesRequest(BaseModel):
     )
     prompt: Prompt | None = Field(default=None, description="what to draw; plain text, or structured XML")
     n: int | None = Field(default=None, ge=1, le=MAX_IMAGES, description="images of each prompt; 1 where empty")
-    size: str | None = Field(
-        default=None,
-        pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
-        description="WIDTHxHEIGHT in pixels, or auto: the model's own",
-    )
+    size: Size | None = Field(default=None, description="WIDTHxHEIGHT in pixels, or auto: the model's own")
     response_format: Literal["b64_json", "url"] | None = Field(
         default=None, description="the picture itself, base64, or a link to it; b64_json where empty"
     )
@@ -94,6 +101,7 @@ class ImagesRequest(BaseModel):
         default=None,
         min_length=1,
         max_length=MAX_IMAGES,
+        strict=False,  # a list will do
         description="several prompts in place of one, n images of each",
     )
     negative_prompt: Prompt | None = Field(default=None, description="what not to draw")

@@ -20,11 +20,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from farm.devices import DeviceInfo
-from farm.errors import BusyError, FarmUnavailableError, RequestError, error_of
+from farm.errors import BusyError, FarmError, FarmUnavailableError, RequestError, error_of
 from farm.keys import Key
-from farm.portion import PoolView
+from farm.portion import Drawn, PoolView
+from farm.server.body import JsonRoute
 from farm.server.caller import Painter
-from farm.server.errors import answers
+from farm.server.errors import answers, told
 from farm.server.gateway import AWAY_RETRY_S, Errand, Result, answered
 from farm.server.generation import Drawing, ImagesRequest, drawing_of
 from farm.server.links import LINK_S, base_url, single_url
@@ -33,7 +34,7 @@ from farm.singles import Single, single_id, until
 
 log = logging.getLogger(__name__)
 
-router = APIRouter(tags=["images"])
+router = APIRouter(tags=["images"], route_class=JsonRoute)
 
 MACHINE_S = 60.0
 """How old what is known of the renderers' devices may be: they change when a farm is started, and by whole machines."""
@@ -58,7 +59,7 @@ class Picture(BaseModel):
 
     b64_json: str | None = Field(default=None, description="the picture file, base64")
     url: str | None = Field(default=None, description="where the picture file is")
-    id: str | None = Field(default=None, description="names it below /v1/images, for as long as it is kept")
+    id: str | None = Field(default=None, description="names it below /v1/images, where it is from soon after on")
     seed: int = Field(description="draws this picture again")
     seconds: float = Field(description="its share of its batch's time on the device")
     renderer: str = Field(description="who drew it")
@@ -91,6 +92,9 @@ async def generate(asked: ImagesRequest, request: Request, caller: Painter, serv
 
 
 async def _generate(asked: ImagesRequest, request: Request, caller: Key, services: Services) -> Response:
+    by_link = asked.response_format == "url"
+    if by_link and not services.settings.images_days:
+        raise RequestError("this farm keeps no images that a link could lead to; ask for b64_json", "response_format")
     machine, pool = await answered(lambda: _started(services, max_age_s=MACHINE_S if asked.model else POOL_S))
     model = asked.model or _loaded(pool)
     ready = await services.cards.ready(model, machine, len(pool.renderers))
@@ -106,14 +110,12 @@ async def _generate(asked: ImagesRequest, request: Request, caller: Key, service
         )
     )
     if all(result.drawn.error_code for result in results):
-        first = results[0].drawn
-        raise error_of(str(first.error_code), first.error_message or "the image could not be drawn")
+        raise _fault(results[0].drawn)
     now = services.wall()
     singles = [
         _single(asked, drawing, at, result, caller, ready.card.name, services, now) for at, result in enumerate(results)
     ]
     kept = [(single, result.drawn.data) for single, result in zip(singles, results, strict=True) if single is not None]
-    by_link = asked.response_format == "url"
     await (services.keeping.now(kept) if by_link else services.keeping.soon(kept))
     head = {
         "created": int(now),
@@ -159,7 +161,7 @@ def _single(
     now: float,
 ) -> Single | None:
     drawn, spec = result.drawn, drawing.specs[at]
-    if drawn.error_code:
+    if drawn.error_code or not services.settings.images_days:
         return None
     return Single(
         id=single_id(now),
@@ -188,19 +190,23 @@ def _link(request: Request, services: Services, single: Single) -> str:
     return presigned or single_url(base_url(request, services.settings), single.id)
 
 
+def _fault(drawn: Drawn) -> FarmError:
+    return error_of(str(drawn.error_code), drawn.error_message or "the image could not be drawn")
+
+
 def _picture(result: Result, single: Single | None, link: str | None) -> bytes:
     drawn = result.drawn
     rest: dict[str, Any] = {"seed": drawn.seed, "seconds": round(drawn.seconds, 4), "renderer": result.renderer}
-    if single is None:
-        rest["error"] = {"code": drawn.error_code, "message": drawn.error_message or "the image could not be drawn"}
-    else:
+    if drawn.error_code:
+        rest["error"] = {"code": drawn.error_code, "message": told(_fault(drawn))}
+    elif single is not None:
         rest["id"] = single.id
     if drawn.flag:
         rest["flag"] = drawn.flag
     if link is not None:
         rest["url"] = link
     fields = json.dumps(rest).encode()
-    if single is None or link is not None:
+    if drawn.error_code or link is not None:
         return fields
     return b'{"b64_json":"%s",%s' % (base64.b64encode(drawn.data), fields[1:])
 

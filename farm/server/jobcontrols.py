@@ -5,6 +5,7 @@ finds it when it is back.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter
@@ -16,13 +17,14 @@ from farm.errors import RequestError
 from farm.keys import Key
 from farm.ledger import Ledger
 from farm.limits import Changes
+from farm.server.body import JsonRoute
 from farm.server.caller import Painter, must_own
 from farm.server.errors import answers
 from farm.server.jobroom import JobName, JobRoom, Roomed
 from farm.server.services import Served, Services
 from farm.server.submitting import now_iso, tell
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], route_class=JsonRoute)
 
 MAX_INDEX = 2**53
 MAX_LISTED = 100_000
@@ -95,8 +97,15 @@ async def pause(
 async def resume(
     id: JobName, caller: Painter, services: Served, room: Roomed, _body: EmptyBody | None = None
 ) -> SaidRecord:
-    """Let a job go on that was paused or cancelled."""
-    return await _say(id, controls.resume, caller, services, room)
+    """Let a job go on that was paused or cancelled, or that the farm had stopped: `live.state` is `stalled`."""
+
+    def say(ledger: Ledger, job: str, *, at: str, by: str) -> Said:
+        said = controls.resume(ledger, job, at=at, by=by)
+        if said.control is not None:
+            return said
+        return replace(said, message=f"{said.message}; a farm that had stopped it tries again")
+
+    return await _say(id, say, caller, services, room)
 
 
 @router.post("/v1/jobs/{id}/cancel", summary="Cancel a job", responses=answers(404, 409))

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from farm.errors import FarmUnavailableError, ObjectMissingError, UnknownJobError
 from farm.ledger import Ledger
 from farm.run import JobProgress
+from farm.server.errors import scrubbed
 from farm.server.joblist import JobList
 from farm.server.link import FarmLink
 from farm.server.rows import Rows
@@ -49,6 +50,7 @@ class LiveRecord(BaseModel):
     renderers: int = Field(default=0, description="of the farm, for whichever job")
     renderers_busy: int = 0
     message: str | None = Field(default=None, description="why it goes no further, or what it waits for")
+    code: str | None = Field(default=None, description="the code of the error that stalled it")
     live: bool = Field(description="whether a farm told it")
 
 
@@ -77,13 +79,20 @@ class Standings:
             self._kept[job] = replace(kept, until=max(kept.until, loop.time() + STATUS_S - PROGRESS_S))
         return found
 
-    async def _look(self, job: str) -> LiveRecord:
+    async def told(self, job: str) -> LiveRecord | None:
+        """What the farm has in hand of a job; None where it has nothing, or is away."""
         try:
-            progress, _ = await self._link.progress(job)
+            progress, code = await self._link.progress(job)
         except FarmUnavailableError:
-            progress = None
-        if progress is not None and progress.state not in ENDED:
-            return _of_farm(progress)
+            return None
+        if progress is None or progress.state in ENDED:
+            return None
+        return _of_farm(progress, code, self._ledger.store.url)
+
+    async def _look(self, job: str) -> LiveRecord:
+        told = await self.told(job)
+        if told is not None:
+            return told
         # What has ended may have been opened again since, and the store knows.
         try:
             return _of_store(await self._reading.run(job_status, self._ledger, job))
@@ -131,9 +140,12 @@ def _seen(asking: "asyncio.Task[LiveRecord]") -> None:
         asking.exception()
 
 
-def _of_farm(progress: JobProgress) -> LiveRecord:
+def _of_farm(progress: JobProgress, code: str | None, store: str) -> LiveRecord:
     fields = asdict(progress)
-    return LiveRecord(live=True, **{name: fields[name] for name in LiveRecord.model_fields if name in fields})
+    if progress.message is not None:
+        fields["message"] = scrubbed(progress.message, store=store)
+    known = {name: fields[name] for name in LiveRecord.model_fields if name in fields}
+    return LiveRecord(live=True, code=code if progress.state == "stalled" else None, **known)
 
 
 def _of_store(status: JobStatus) -> LiveRecord:

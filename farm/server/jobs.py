@@ -4,6 +4,7 @@ The same rules as on the command line, from the same place, `farm.submission`. A
 that is away finds it when it is back.
 """
 
+import asyncio
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Request
@@ -16,7 +17,7 @@ from farm.jobrecord import JobRecord, job_record
 from farm.keys import Key
 from farm.server import jobcontrols
 from farm.server.caller import Painter, Reader
-from farm.server.errors import answers
+from farm.server.errors import answers, scrubbed
 from farm.server.jobroom import JobName, JobRoom, LiveRecord, Roomed
 from farm.server.links import base_url
 from farm.server.manifests import read_body
@@ -54,6 +55,12 @@ class JobAnswer(JobRecord):
     live: LiveRecord
 
 
+class ListedJob(JobRecord):
+    """How a job of a list stands."""
+
+    live: LiveRecord | None = Field(description="what the farm has in hand of it while it is open; null where nothing")
+
+
 class DamagedRecord(BaseModel):
     """A job one of whose records cannot be read."""
 
@@ -66,7 +73,7 @@ class JobsPage(BaseModel):
     """Some jobs, newest first."""
 
     object: Literal["list"] = "list"
-    data: list[JobRecord]
+    data: list[ListedJob]
     damaged: list[DamagedRecord] = Field(description="jobs that cannot be read")
     next_cursor: str | None = Field(description="of the next page; null where this is the last")
 
@@ -110,6 +117,7 @@ async def put(
 @router.get("/v1/jobs", summary="List jobs", responses=answers())
 async def list_jobs(
     _caller: Reader,
+    services: Served,
     room: Roomed,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     cursor: Cursor = None,
@@ -123,9 +131,15 @@ async def list_jobs(
         return owner in (None, one.owner) and model in (None, one.model) and state in (None, one.state)
 
     page = await room.reading.run(room.list.page, limit=limit, after=cursor, wanted=wanted)
+    working = [one.job for one in page.jobs if one.state == "open"]
+    live = dict(zip(working, await asyncio.gather(*map(room.standings.told, working)), strict=True))
+    store = services.ledger.store.url
     return JobsPage(
-        data=[job_record(one) for one in page.jobs],
-        damaged=[DamagedRecord(job=one.job, code=one.code, message=one.message) for one in page.damaged],
+        data=[ListedJob(**dict(job_record(one)), live=live.get(one.job)) for one in page.jobs],
+        damaged=[
+            DamagedRecord(job=one.job, code=one.code, message=scrubbed(one.message, store=store))
+            for one in page.damaged
+        ],
         next_cursor=page.after,
     )
 

@@ -28,8 +28,11 @@ class FarmLink(Protocol):
     async def drop(self, renderer: str, token: str) -> None:
         """Stop drawing a portion, within a denoising step."""
 
-    async def leave(self, token: str, *, seconds: float) -> None:
-        """Give a seat back, drawn or not. `seconds`: device time, charged to its owner."""
+    async def leave(self, token: str, *, seconds: float, lost: bool = False) -> None:
+        """Give a seat, or all of an entry's, back, drawn or not: also where the entry's answer never came.
+
+        `seconds`: device time, charged to its owner. `lost`: its renderer ended, or did not know the seat.
+        """
 
     async def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot) -> None:
         """Show life every HOLD_S: which seats are still needed, and what this gateway counted."""

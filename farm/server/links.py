@@ -12,7 +12,11 @@ LINK_S = 3600
 
 def base_url(request: Request, settings: Settings) -> str:
     """Return what the endpoint's own links begin with, without a slash at the end."""
-    return (settings.public_url or str(request.base_url)).rstrip("/")
+    if settings.public_url:
+        return settings.public_url.rstrip("/")
+    # Not the request's own scheme: behind who ends TLS it is HTTP, and a header that says otherwise anybody can send.
+    scheme = "https" if settings.tls_cert or settings.tls_proxy else "http"
+    return str(request.base_url.replace(scheme=scheme)).rstrip("/")
 
 
 def single_url(base: str, id: str) -> str:

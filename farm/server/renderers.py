@@ -7,12 +7,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from farm.errors import UnknownRendererError
 from farm.portion import RendererView
+from farm.server.body import JsonRoute
 from farm.server.caller import Admin, Reader
 from farm.server.errors import answers
 from farm.server.gateway import answered
 from farm.server.services import Served, Services
 
-router = APIRouter(tags=["renderers"])
+router = APIRouter(tags=["renderers"], route_class=JsonRoute)
 
 RendererName = Annotated[str, Path(description="the renderer's name", max_length=100)]
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from farm.plan import Plan, Scalar
 from farm.receipt import ImageRow
+from farm.server.errors import scrubbed
 from farm.server.links import LINK_S, image_url
 from farm.storage.base import ObjectStore
 
@@ -60,6 +61,8 @@ class Links:
 def image_record(plan: Plan, row: ImageRow, links: Links) -> ImageRecord:
     """Return a row as a record. JSON has no NaN and no infinity: carried ones are null."""
     fields = {name: getattr(row, name) for name in ImageRecord.model_fields if hasattr(row, name)}
+    if row.error_message is not None:
+        fields["error_message"] = scrubbed(row.error_message, store=links.store.url)
     fields["carry"] = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.carry.items()

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from farm.errors import RequestError
+from farm.server.body import JsonRoute
 from farm.server.caller import Painter, Reader, must_own
 from farm.server.errors import answers
 from farm.server.links import LINK_S, base_url, single_url
@@ -15,7 +16,7 @@ from farm.server.services import Served, Services
 from farm.server.threads import Threads
 from farm.singles import Single, is_id
 
-router = APIRouter(tags=["images"])
+router = APIRouter(tags=["images"], route_class=JsonRoute)
 
 MAX_DAYS = 36_500
 

@@ -352,7 +352,7 @@ def _store_error(exc: OSError, path: Path) -> StoreError:
     where = exc.filename if isinstance(exc.filename, str) else str(path)
     reason = os.strerror(exc.errno) if exc.errno else str(exc)
     if exc.errno in _FULL:
-        return StoreFullError(f"{path}: {reason}; make room on that disk, then start the job again: it goes on")
+        return StoreFullError(f"{path}: {reason}; make room on that disk, then do it again: a job goes on")
     if exc.errno in _DENIED:
         return StoreDeniedError(f"{where}: {reason}; give this user the right, or choose another folder in FARM_STORE")
     if exc.errno in (errno.ENOTDIR, errno.EEXIST):
@@ -366,7 +366,7 @@ def _store_error(exc: OSError, path: Path) -> StoreError:
         )
     if exc.errno == errno.ENAMETOOLONG:
         return StoreError(f"{path}: the name is too long for this file system; choose a folder nearer to the root")
-    return StoreUnavailableError(f"{where}: {reason}; see to that disk, then start the job again: it goes on")
+    return StoreUnavailableError(f"{where}: {reason}; see to that disk, then do it again: a job goes on")
 
 
 def _file_in_the_way(path: Path) -> Path:

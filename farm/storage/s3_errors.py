@@ -84,9 +84,9 @@ class Translation:
         if code == "NoSuchKey":
             return ObjectMissingError(f"{what}; see whether the object was removed")
         if code in _FULL or status == 507:
-            return StoreFullError(f"{what}; make room or raise the quota, then start the job again: it goes on")
+            return StoreFullError(f"{what}; make room or raise the quota, then do it again: a job goes on")
         if code in _LATER or status in (429,) or status >= 500:
-            return StoreUnavailableError(f"{what}; wait, then start the job again: it goes on")
+            return StoreUnavailableError(f"{what}; wait, then do it again: a job goes on")
         if code == "RequestTimeTooSkewed":
             return StoreDeniedError(f"{what}; set this machine's clock")
         if code in _REGION or status == 301:

@@ -156,6 +156,31 @@ def test_errors_come_as_they_were_raised(dispatcher, settings):
     asyncio.run(main())
 
 
+def test_questions_that_are_asked_at_once_are_answered_each_for_itself(dispatcher, settings):
+    async def main() -> None:
+        link = RayLink()
+        await until(link, is_ready)
+        entries = [entry(f"at-once-{number}") for number in range(4)]
+        *placings, much, again = await asyncio.gather(
+            *(link.enter(one) for one in entries),
+            link.enter(entry("too-much", images=9)),
+            link.enter(entries[0]),
+            return_exceptions=True,
+        )
+        seats = [seat for placing in placings for seat in placing.seats]
+        assert [seat.token for seat in seats] == [f"at-once-{number}-0" for number in range(4)]
+        assert isinstance(much, RequestError)
+        assert again == placings[0]
+        assert (await link.pool()).waiting == 4
+        gone = asyncio.create_task(link.enter(entry("gone")))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(*(link.leave(seat.token, seconds=0.1) for seat in seats), link.leave("gone", seconds=0.0))
+        assert (await link.pool()).waiting == 0
+
+    asyncio.run(main())
+
+
 def test_a_dropped_portion_ends_within_a_step(dispatcher, settings):
     async def main() -> None:
         link = RayLink()
@@ -223,7 +248,7 @@ def test_without_a_dispatcher_the_farm_is_unavailable(dispatcher, settings):
 
         with pytest.raises(FarmUnavailableError, match="the dispatcher does not answer pool: "):
             await asyncio.wait_for(gone(), PATIENCE_S)
-        with pytest.raises(FarmUnavailableError, match="the dispatcher does not answer enter: "):
+        with pytest.raises(FarmUnavailableError, match="the dispatcher does not answer turn: "):
             await link.enter(entry("nobody-there"))
 
     asyncio.run(main())

@@ -209,10 +209,10 @@ def test_a_write_whose_answer_was_lost_counts_as_ones_own(
 @pytest.mark.parametrize(
     ("status", "code", "error", "advice"),
     [
-        (403, "QuotaExceeded", StoreFullError, "make room or raise the quota"),
-        (507, "XMinioStorageFull", StoreFullError, "make room or raise the quota"),
-        (503, "SlowDown", StoreUnavailableError, "wait, then start the job again"),
-        (500, "InternalError", StoreUnavailableError, "wait, then start the job again"),
+        (403, "QuotaExceeded", StoreFullError, "make room or raise the quota, then do it again: a job goes on"),
+        (507, "XMinioStorageFull", StoreFullError, "make room or raise the quota, then do it again: a job goes on"),
+        (503, "SlowDown", StoreUnavailableError, "wait, then do it again: a job goes on"),
+        (500, "InternalError", StoreUnavailableError, "wait, then do it again: a job goes on"),
         (403, "AccessDenied", StoreDeniedError, "give them GetObject, PutObject"),
         (403, "RequestTimeTooSkewed", StoreDeniedError, "set this machine's clock"),
         (403, "SignatureDoesNotMatch", StoreDeniedError, "mend AWS_ACCESS_KEY_ID"),
@@ -237,7 +237,7 @@ def test_what_servers_answer_becomes_the_farms_errors(
     ("code", "error", "advice"),
     [
         ("AccessDenied", StoreDeniedError, "give them GetObject, PutObject, DeleteObject"),
-        ("InternalError", StoreUnavailableError, "wait, then start the job again"),
+        ("InternalError", StoreUnavailableError, "wait, then do it again: a job goes on"),
     ],
 )
 def test_a_key_that_may_not_be_deleted_is_named(

@@ -106,8 +106,10 @@ class Bench:
         in_hand: tuple[int, ...] = (),
         stage="denoise",
         fraction=0.5,
+        aside: bool = False,
+        aside_s: float = 0.0,
     ) -> tuple[str, ...]:
-        return self.beat(renderer, Report(lease.token, stage, ticks, fraction, in_hand)).gone
+        return self.beat(renderer, Report(lease.token, stage, ticks, fraction, in_hand, aside, aside_s)).gone
 
     def complete(self, renderer: str, lease: Lease, *, failed: int = 0, **seconds: float) -> None:
         """Complete a lease; of a finalised pass the ledger then shows nothing open."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from farm.cores import Cores
+from farm.cores import Cores, Place
 from farm.cutin import CutIn
 from farm.drawing import ShardProgress
 from farm.engine import Engine, Picture
@@ -21,6 +21,7 @@ from farm.errors import (
     ModelCardError,
     OutOfMemoryError,
     RendererDiedError,
+    RenderError,
 )
 from farm.manifest import Output
 from farm.meters import Meters
@@ -217,10 +218,13 @@ def test_a_shard_whose_urgent_image_was_dropped_or_failed_midway_stores_the_same
         def trouble(step: Any) -> None:
             on_step(step)
             if step.stage == "denoise" and step.step == 2:
-                if batch.specs[0].prompt == "dropped":
-                    device.queue.drop("t1")
-                else:
-                    raise OutOfMemoryError("none left")
+                match batch.specs[0].prompt:
+                    case "dropped":
+                        device.queue.drop("t1")
+                    case "broken":
+                        raise RenderError("it cannot be drawn")
+                    case _:
+                        raise OutOfMemoryError("none left")
 
         return real(batch, on_step=trouble, **options)
 
@@ -229,14 +233,17 @@ def test_a_shard_whose_urgent_image_was_dropped_or_failed_midway_stores_the_same
 
     def cut() -> None:
         futures.append(device.draw(portion("t1", prompts=["dropped"])))
-        futures.append(device.draw(portion("t2", prompts=["failing"], owner="bob", width=96)))
+        futures.append(device.draw(portion("t2", prompts=["broken"], owner="bob", width=96)))
+        futures.append(device.draw(portion("t3", prompts=["large"], owner="cid", width=128)))
 
     disturbed = run_shard(tmp_path / "b", planned, sketch, device=device, on_progress=at_denoise(1, cut))
     assert [row.sha256 for row in disturbed.rows] == [row.sha256 for row in undisturbed.rows]
     assert isinstance(futures[0].exception(10), CancelledError)
     failed = futures[1].result(10).images[0]
-    assert (failed.error_code, failed.error_message, failed.data) == ("out_of_memory", "none left", b"")
-    assert {"dropped", "failing"} == set(calls)
+    assert (failed.error_code, failed.error_message, failed.data) == ("render", "it cannot be drawn", b"")
+    # What has no memory beside the batch in hand is drawn after it.
+    assert futures[2].result(10).images[0].error_code is None
+    assert calls == ["dropped", "broken", "large"]
 
 
 # Within a step and between batches, without torch
@@ -439,6 +446,201 @@ def test_an_error_in_the_queue_of_pictures_is_the_images_own(
     )
 
 
+def test_a_shard_tells_when_urgent_images_have_its_place_and_announces_the_first(
+    tmp_path: Path, device: Device, fakes: Any
+) -> None:
+    shown: list[ShardProgress] = []
+    cuts = [at_denoise(n, lambda: device.draw(portion(str(len(shown))))) for n in (1, 3)]
+    TROUBLE[0] = lambda specs: time.sleep(0.05 if specs[0].prompt.startswith("urgent") else 0.0)
+
+    def on_progress(progress: ShardProgress) -> None:
+        shown.append(progress)
+        for cut in cuts:
+            cut(progress)
+
+    run_shard(tmp_path, plan(["p"] * 8), loaded(), device=device, on_progress=on_progress)
+    aside = [progress for progress in shown if progress.aside]
+    assert [progress.announce for progress in aside] == [True] + [False] * (len(aside) - 1)
+    assert (aside[0].stage, aside[0].in_hand, aside[0].aside_s) == ("encode", (0, 1, 2, 3), 0.0)
+    seconds = [progress.aside_s for progress in shown]
+    assert seconds == sorted(seconds)
+    assert any(progress.aside_s >= 0.05 for progress in aside)
+    assert not shown[-1].aside
+    assert shown[-1].aside_s >= 0.1
+
+
+def test_a_device_that_fails_the_batch_in_hand_before_an_urgent_image_is_taken_leaves_that_waiting(
+    tmp_path: Path, device: Device, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    armed: list[str] = ["no memory left"]
+    futures: list[Any] = []
+
+    def synchronize(self: FakeFamily) -> None:
+        if futures and armed:
+            raise OutOfMemoryError(armed.pop())
+
+    monkeypatch.setattr(FakeFamily, "synchronize", synchronize)
+    run_shard(
+        tmp_path,
+        plan(["p"] * 4),
+        loaded(),
+        device=device,
+        on_progress=at_denoise(1, lambda: futures.append(device.draw(portion()))),
+    )
+    assert futures[0].result(10).images[0].error_code is None
+
+
+@pytest.mark.parametrize("where", ["at a step", "between batches", "by itself"])
+def test_whatever_is_raised_on_the_way_to_an_urgent_image_fails_that_and_no_shard(
+    tmp_path: Path, device: Device, fakes: Any, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise IndexError("a fault of the farm's own")
+
+    monkeypatch.setattr(device.cutin._drawing, "_cut", broken)
+    if where == "by itself":
+        device.cutin.start()
+    futures = [] if where == "at a step" else [device.draw(portion())]
+    if where != "by itself":
+        cut = at_denoise(1, lambda: futures.append(device.draw(portion("at a step"))))
+        receipt = run_shard(tmp_path, plan(["p"]), loaded(), device=device, on_progress=cut)
+        assert (receipt.rows[0].status, receipt.rows[0].alone) == ("ok", False)
+    for future in futures:
+        with pytest.raises(RenderError, match="could not draw the image: IndexError: a fault of the farm's own"):
+            future.result(10)
+    assert device.queue.in_hand == 0
+
+
+def test_a_picture_that_no_thread_can_encode_is_a_failed_image_and_holds_up_nothing(
+    tmp_path: Path, device: Device, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawing = device.cutin._drawing
+    later: list[Any] = []
+
+    def submit(*work: Any) -> None:
+        later.append(work)  # as the real pool does, which puts it in its queue first
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(drawing._encoders, "submit", submit)
+    future = device.draw(portion(images=2))
+    receipt = run_shard(tmp_path, plan(["p"]), loaded(), device=device)
+    assert receipt.rows[0].status == "ok"
+    for encode, *arguments in later:
+        encode(*arguments)
+    assert [(image.error_code, image.error_message) for image in future.result(10).images] == [
+        ("not_written", "the image could not be encoded: can't start new thread")
+    ] * 2
+    assert drawing._pending_bytes == 0
+
+
+def test_urgent_images_are_let_in_after_the_last_batch_is_decoded_too(
+    tmp_path: Path, device: Device, fakes: Any
+) -> None:
+    futures: list[Any] = []
+
+    def on_progress(progress: ShardProgress) -> None:
+        if progress.stage == "decode" and not futures:
+            futures.append(device.draw(portion()))
+
+    receipt = run_shard(tmp_path, plan(["p"]), loaded(), device=device, on_progress=on_progress)
+    assert futures[0].result(10).images[0].error_code is None
+    assert device.waits("step") == 1
+    assert receipt.rows[0].status == "ok"
+
+
+def test_a_cancelled_shard_begins_no_urgent_image_and_does_not_load_its_model_again(
+    tmp_path: Path, device: Device, fakes: list[FakeFamily]
+) -> None:
+    stop = threading.Event()
+
+    def cut() -> None:
+        for n in range(3):
+            device.draw(portion(str(n), owner=str(n), width=64 + 16 * n))
+
+    TROUBLE[0] = lambda specs: stop.set() if specs[0].prompt.startswith("urgent") else None
+    with pytest.raises(CancelledError):
+        run_shard(
+            tmp_path,
+            plan(["p"]),
+            loaded(),
+            device=device,
+            on_progress=at_denoise(1, cut),
+            cancelled=stop.is_set,
+        )
+    assert len(device.queue) == 2
+
+    stop.clear()
+    for token in "012":
+        device.queue.drop(token)
+    device.draw(portion("other", card=card(name="other", max_sequence_length=32)))
+    engine = loaded()
+    with pytest.raises(CancelledError):
+        run_shard(tmp_path, plan(["p"]), engine, device=device, cancelled=stop.is_set)
+    assert not engine.loaded
+    assert (len(device.engines), device.engines.loaded_model) == (1, "other")
+    assert device.engines.was_displaced(engine)
+
+
+def test_a_load_that_an_urgent_image_brings_on_a_shard_is_taken_from_the_urgent_share(
+    tmp_path: Path, fakes: list[FakeFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(share=Share(bulk=0.999, burst_s=0.1))
+    monkeypatch.setattr(FakeFamily, "load", lambda self: time.sleep(0.1))
+
+    def shard(folder: str) -> None:
+        place = Place(device.cores, 1, begin=lambda: True, engine_back=device.engines.give_back)
+        ShardRunner(ledger(tmp_path / folder), plan(["p"]), renderer="r", device="cpu").run(
+            pass_number=1,
+            shard=0,
+            attempt=1,
+            engine=lambda _: place.use(device.engines.take(card(), numerics())),
+            on_device=place,
+            aside=device.cutin,
+        )
+
+    shard("a")
+    device.draw(portion("a"))
+    assert device.queue.may_cut_in()  # the first load was nobody's fault
+    device.queue.drop("a")
+    other = card(name="other", max_sequence_length=32), numerics()
+    device.engines.give_back(device.engines.take_weights(*other))
+    shard("b")
+    device.draw(portion("b"))
+    assert not device.queue.may_cut_in()
+    device.cutin.close(RendererDiedError("over"))
+
+
+def test_a_shards_model_that_came_back_draws_its_own_urgent_images_before_another_takes_its_place(
+    tmp_path: Path, device: Device, fakes: list[FakeFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[FakeFamily] = []
+
+    def load(self: FakeFamily) -> None:
+        loads.append(self)
+
+    monkeypatch.setattr(FakeFamily, "load", load)
+    engine, other = loaded(), card(name="other", max_sequence_length=32)
+    monkeypatch.setattr("farm.cutin.LOOK", 1)
+    futures = [device.draw(portion("b0", 4, owner="bob", card=other))]
+    for n in range(4):
+        futures.append(device.draw(portion(f"a{n}", 4, owner="ann")))
+    late: list[Any] = []
+    order: list[str] = []
+
+    def trouble(specs: Sequence[ImageSpec]) -> None:
+        # When the shard's own model is back, bob's second one waits longest.
+        if len(loads) == 3 and not late:
+            late.append(device.draw(portion("b1", prompts=["urgent late"], owner="bob", card=other)))
+        order.append(specs[0].prompt)
+
+    TROUBLE[0] = trouble
+    run_shard(tmp_path, plan(["p"]), engine, device=device)
+    for future in (*futures, *late):
+        assert future.result(10).images[0].error_code is None
+    assert order == ["urgent 0"] * 5 + ["urgent late", "p"]  # bob's first, all of ann's, bob's second, the shard
+    assert len(loads) == 5
+
+
 # Its own threads
 
 
@@ -597,6 +799,58 @@ def test_a_model_asked_for_ahead_is_loaded_when_the_device_is_free_and_not_befor
     assert device.engines.loaded_model == "sketch"
     assert device.draw(portion()).result(10).load_s == 0.0
     assert len(fakes) == 1
+
+
+def test_a_model_loaded_ahead_on_one_core_keeps_no_image_from_the_others(
+    fakes: list[FakeFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(cores=2)
+    begun, go = threading.Event(), threading.Event()
+
+    def load(self: FakeFamily) -> None:
+        begun.set()
+        go.wait(10)
+
+    monkeypatch.setattr(FakeFamily, "load", load)
+    device.cutin.start()
+    device.cutin.warm(card(), numerics())
+    assert begun.wait(10)
+    future = device.draw(portion())
+    try:
+        for _ in range(1000):
+            if len(device.cutin.reports()) == 2:
+                break
+            time.sleep(0.001)
+        assert len(device.cutin.reports()) == 2
+    finally:
+        go.set()
+    assert future.result(10).images[0].error_code is None
+    device.cutin.close(RendererDiedError("over"))
+
+
+def test_urgent_work_is_charged_for_the_time_that_a_shard_waited_for_it_alone(fakes: Any) -> None:
+    device = Device(share=Share(burst_s=0.2))
+    begun, go = threading.Event(), threading.Event()
+
+    def hold(specs: Sequence[ImageSpec]) -> None:
+        begun.set()
+        go.wait(10)
+
+    TROUBLE[0] = hold
+    device.cutin.start()
+    first = device.draw(portion("a"))
+    assert begun.wait(10)
+    time.sleep(0.3)
+    shard = threading.Thread(target=device.cores.take, args=(1,), kwargs={"timeout": 10})
+    shard.start()
+    while not device.cores.wanted:
+        time.sleep(0.001)
+    go.set()
+    first.result(10)
+    shard.join(10)
+    device.draw(portion("b"))
+    assert device.queue.may_cut_in()
+    device.cutin.close(RendererDiedError("over"))
 
 
 def test_a_model_that_cannot_be_loaded_ahead_is_left(device: Device, fakes: Any, monkeypatch: Any) -> None:

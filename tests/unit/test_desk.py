@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from farm.claims import CLAIM_S, Claim, Claims
-from farm.desk import GREETING_S, TICK_S, Desk
+from farm.desk import GREETING_S, RELEASE_S, STOP_S, TICK_S, Desk
 from farm.errors import FarmUnavailableError, RecordError, RendererDiedError, StoreDeniedError, StoreUnavailableError
 from farm.jobwatch import CONTROLS_S, ELSEWHERE_S, LISTINGS_PER_S, OPEN_S
 from farm.lease import LEASE_S, POLL_S, Ask, Beat, Completion, GiveBack, Hello, Lease, Reply, Report, beat_s
 from farm.ledger import Ledger
 from farm.plan import Plan
+from farm.portion import Allowance
 from farm.storage.local import LocalStore
 from tests.unit.finished_jobs import commit_shard, make_plan, make_totals, render_pass
 from tests.unit.virtual import inline, run, settle
@@ -599,6 +600,38 @@ async def test_after_stop_nothing_is_started_or_claimed_again(ledger):
     assert ("retire", "a") in other._pool.told
     with pytest.raises(FarmUnavailableError, match="is being stopped"):
         await other.progress("shapes")
+
+
+@on_virtual_time
+async def test_a_farm_stops_in_bounded_time_though_its_store_and_its_renderers_do_not_answer(
+    ledger, monkeypatch, caplog
+):
+    away = asyncio.Event()
+
+    def threads(count: int, name: str):
+        async def call(work):
+            if away.is_set():
+                await asyncio.sleep(3600)
+            return work()
+
+        return call
+
+    monkeypatch.setattr("tests.unit.test_desk.inline", threads)
+    processes = Processes()
+    processes.retire = lambda renderer: None  # it is loading a model
+    submitted(ledger)
+    desk = make_desk(ledger, processes)
+    await desk.submit("shapes")
+    await settle()
+    await desk.charge("k", Allowance(images_per_day=9), 1)
+    away.set()
+    before = asyncio.get_running_loop().time()
+    await desk.stop()
+    assert asyncio.get_running_loop().time() - before == STOP_S + RELEASE_S
+    assert [record.getMessage() for record in caplog.records if record.name == "farm.desk"] == [
+        "quotas not written: what was used in the last seconds is forgotten",
+        "claims not let go of: another farm waits until they time out",
+    ]
 
 
 @on_virtual_time

@@ -39,6 +39,10 @@ def test_one_renderer_a_gpu_and_one_for_every_two_cores_without():
     assert default_renderers(on(T4, A4000)) == 2
     assert default_renderers(on()) == 4
     assert default_renderers(DeviceInfo("cpu", "CPU", (), cores=1)) == 1
+    assert default_renderers(DeviceInfo("cpu", "CPU", (), cores=2)) == 1
+    assert default_renderers(DeviceInfo("cpu", "CPU", (), cores=2), stays=True) == 2
+    assert default_renderers(DeviceInfo("cpu", "CPU", (), cores=64), stays=True) == 4
+    assert default_renderers(on(T4, A4000), stays=True) == 2
 
 
 def test_versions_of_all_that_decides_bytes_are_part_of_the_numerics():

@@ -420,6 +420,61 @@ def test_a_shard_that_ends_renderers_with_nothing_in_hand_is_drawn_with_caution_
     )
 
 
+@pytest.mark.parametrize("in_hand", [(), (0,)])
+def test_deaths_with_an_urgent_image_in_a_leases_place_are_blamed_on_nobody(in_hand):
+    bench = Bench(entry(images=1))
+    for _ in range(8):
+        bench.meet("a")
+        lease = bench.need("a")
+        assert (lease.alone, lease.skip, lease.cautious) == (frozenset(), frozenset(), False)
+        bench.report("a", lease, in_hand=in_hand, stage="denoise" if in_hand else "encode", aside=True)
+        bench.now += 60.0
+        bench.lose("a")
+    assert bench.dispatch.stall_code("job") is None
+
+
+def test_a_death_with_an_urgent_image_on_the_device_is_not_blamed_on_the_renderers_other_lease():
+    bench = Bench(entry(images=8))
+    bench.meet("a")
+    for _ in range(8):
+        writing, drawing = bench.need("a"), bench.need("a")
+        bench.beat(
+            "a", Report(writing.token, "write", 9, 0.9), Report(drawing.token, "denoise", 1, 0.1, (4, 5, 6, 7), True)
+        )
+        bench.now += 60.0
+        bench.lose("a")
+        bench.meet("a")
+    assert bench.dispatch.stall_code("job") is None
+
+
+def test_an_image_that_ends_its_renderers_is_found_though_urgent_images_come_all_the_time():
+    bench = Bench(entry(images=1))
+    for _ in range(20):
+        bench.meet("a")
+        lease = bench.need("a")
+        if lease.skip:
+            break
+        bench.report("a", lease, ticks=1, in_hand=(0,), aside=True)
+        bench.report("a", lease, ticks=2, in_hand=(0,))
+        bench.now += 60.0
+        bench.lose("a")
+    assert lease.skip == {0}
+
+
+def test_urgent_images_in_a_shards_place_are_not_charged_to_its_job():
+    bench = Bench(view(entry(images=12), max_gpu_s=500.0))
+    bench.meet("a")
+    lease = bench.need("a")
+    for second in range(101):
+        bench.now += 1.0
+        # Urgent images have 4 of 5 seconds, and are counted when they are done.
+        bench.report("a", lease, ticks=second, in_hand=(0, 1, 2, 3), aside_s=second // 10 * 8.0)
+    job = bench.dispatch.board.jobs["job"]
+    assert job.gpu_s == pytest.approx(20.0)
+    bench.complete("a", lease, denoise=19.0)
+    assert job.gpu_s == pytest.approx(19.0)
+
+
 def test_a_machine_that_takes_many_renderers_with_it_stalls_no_job():
     bench = Bench(entry(images=400))
     names = [f"r{number}" for number in range(8)]

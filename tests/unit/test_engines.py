@@ -71,6 +71,23 @@ def test_an_engine_that_made_room_is_loaded_again_and_one_that_was_not_is_forgot
     assert len(some) == 0
 
 
+def test_that_an_urgent_image_took_the_room_of_a_shards_model_is_told_once(families: list[FakeFamily]) -> None:
+    some = engines()
+    mine, theirs = (card(), numerics()), (card(name="other", max_sequence_length=32), numerics())
+    some.give_back(some.take(*mine))
+    some.give_back(some.take(*theirs))
+    engine = some.take(*mine)
+    assert not some.was_displaced(engine)
+    some.give_back(engine)
+    some.give_back(some.take_weights(*theirs))
+    engine = some.take(*mine)
+    assert some.was_displaced(engine)
+    assert not some.was_displaced(engine)
+    engine.unload()
+    some.displaced(engine)
+    assert some.was_displaced(some.take(*mine))
+
+
 def test_a_model_that_does_not_load_leaves_none_and_the_next_one_loads(
     families: list[FakeFamily], monkeypatch: pytest.MonkeyPatch
 ) -> None:

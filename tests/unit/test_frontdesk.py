@@ -233,6 +233,55 @@ async def test_a_key_has_three_limits_and_images_that_were_lost_are_counted_once
 
 
 @on_virtual_time
+async def test_a_question_that_was_given_up_before_it_is_heard_takes_neither_seats_nor_quota(ledger):
+    desk = urgent_desk(ledger, Warmed())
+    await met(desk, "a")
+    await desk.leave("t", seconds=0.0)
+    assert refusal(await desk.enter(entry("t", 4, allowance=DAILY)))[0] == "busy"
+    assert (await desk.pool()).waiting == 0
+    assert ("farm_refusals_total", "busy") not in numbers(await desk.metrics())
+    assert seats(await desk.enter(entry("u", 4, allowance=DAILY))) == {"a": 4}
+
+
+@on_virtual_time
+async def test_images_that_lost_their_renderer_go_to_another_and_those_of_a_client_that_left_do_not(ledger):
+    desk = urgent_desk(ledger, Warmed())
+    await met(desk, "a", "b")
+    assert seats(await desk.enter(entry("t"))) == {"a": 1}
+    await desk.leave("t-0", seconds=0.0)
+    assert seats(await desk.enter(entry("u", again=True))) == {"a": 1}
+    await desk.leave("u-0", seconds=0.0, lost=True)
+    assert seats(await desk.enter(entry("v", again=True))) == {"b": 1}
+
+
+@on_virtual_time
+@pytest.mark.parametrize("stage", ["waiting", "denoise"])
+async def test_a_renderer_whose_urgent_images_get_on_does_not_hang_though_its_shard_stands_still(ledger, stage):
+    submitted(ledger)
+    desk = urgent_desk(ledger, Warmed())
+    await desk.submit("shapes")
+    a, b = await met(desk, "a", "b")
+    lease = await a.need()
+
+    async def open_after(seconds: int, *, ticks: int = 0, **at: bool) -> list[str]:
+        """To whom an urgent image may go after so many seconds, in which `ticks` were added up bit by bit."""
+        before = desk._dispatch.board.renderers["a"].standing.urgent_ticks
+        for second in range(1, seconds + 1):
+            await asyncio.sleep(1)
+            done = before + ticks * second // seconds
+            report = Report(lease.token, stage, 0, 0.0, aside=at.get("aside", False))
+            await stands(a, Standing("shapes", at.get("loading", False), 1, urgent_ticks=done), report)
+            await stands(b, Standing("shapes"))
+        return [one.renderer for one in desk._front.overview.open_places("shapes", now=desk._now())]
+
+    assert await open_after(100, loading=True, aside=True) == ["a", "b"], "a model is loaded for urgent images"
+    assert await open_after(1) == ["b"]
+    assert await open_after(100, ticks=5) == ["a", "b"], "urgent images show progress every 20 s"
+    assert await open_after(29) == ["a", "b"]
+    assert await open_after(3) == ["b"]
+
+
+@on_virtual_time
 async def test_an_at_once_limit_says_when_images_in_hand_are_drawn(ledger):
     desk = urgent_desk(ledger, Warmed(), names=("a",))
     await met(desk, "a")

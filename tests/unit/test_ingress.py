@@ -6,7 +6,7 @@ import pytest
 
 from farm.ingress import Front, IngressError, closed
 
-FRONT = Front(bind="127.0.0.1:8000", binary="/haproxy", unavailable="/run/503.http")
+FRONT = Front(bind="127.0.0.1:8000", binary="/haproxy", answers="/run", nothing='{"error": {"code": "not_found"}}')
 SERVES = """\
 global
     log 127.0.0.1:514 local0 info
@@ -14,6 +14,7 @@ global
     maxconn 4096
 defaults
     log global
+    timeout client 3600s
     option splice-request
     option splice-response
     errorfile 502 /run/500.http
@@ -23,7 +24,18 @@ frontend prometheus
     http-request use-service prometheus-exporter if { path /metrics }
 frontend http_frontend
     bind 127.0.0.1:43000
+    acl healthcheck path -i /-/healthz
+    http-request set-log-level debug if healthcheck
+    acl backend_http-farm_server_up nbsrv(http-farm) ge 1
+    http-request return status 200 content-type text/plain string "success" if healthcheck backend_http-farm_server_up
+    http-request return status 503 content-type text/plain string "Service Unavailable" if healthcheck
+    acl routes path -i /-/routes
+    http-request set-log-level debug if routes
+    http-request return status 200 content-type application/json string "{}" if routes
     use_backend http-farm if is_http-farm
+    default_backend default_backend
+backend default_backend
+    http-request return status 404 content-type text/plain lf-string "Path \'%[path]\' not found."
 backend http-farm
     server gateway 127.0.0.1:30000
 listen stats
@@ -57,9 +69,35 @@ def test_a_client_that_hangs_up_is_heard_of() -> None:
 def test_without_a_gateway_the_answer_is_the_farms_own() -> None:
     found = lines()
     assert [line for line in found if line.startswith("errorfile")] == [
-        'errorfile 502 "/run/503.http"',
-        'errorfile 503 "/run/503.http"',
+        f'errorfile {status} "/run/{status}.http"' for status in (400, 408, 500, 501, 502, 503, 504)
     ]
+    assert found[found.index("backend default_backend") + 1] == "backend http-farm"
+
+
+def test_serves_own_pages_are_for_nobody() -> None:
+    found = lines()
+    assert [line for line in found if "/-/" in line or "healthcheck" in line or "routes" in line] == [
+        'http-request return status 404 content-type application/json string \'{"error": {"code": "not_found"}}\' '
+        "if { path,url_dec -i -m beg /-/ }"
+    ]
+
+
+def test_a_client_that_says_nothing_is_not_kept() -> None:
+    found = lines()
+    assert [line for line in found if line.startswith("timeout")] == ["timeout client 75s", "timeout http-request 30s"]
+
+
+def test_one_address_takes_a_quarter_of_the_connections_at_most_but_for_this_machine_and_a_proxy() -> None:
+    found = lines()
+    assert found.index("tcp-request connection accept if { src 127.0.0.0/8 ::1 }") < found.index(
+        "tcp-request connection reject if { sc0_conn_cur gt 1024 }"
+    )
+    assert not [line for line in lines(dataclasses.replace(FRONT, only_from="10.0.0.5/32")) if "conn_cur" in line]
+
+
+@pytest.mark.parametrize(("front", "scheme"), [({}, "http"), ({"pem": "/a"}, "https"), ({"only_from": "::2"}, "https")])
+def test_no_client_says_by_which_scheme_it_came(front: dict[str, str], scheme: str) -> None:
+    assert f"http-request set-header X-Forwarded-Proto {scheme}" in lines(dataclasses.replace(FRONT, **front))
 
 
 def test_tls_is_spoken_where_there_is_a_certificate() -> None:
@@ -70,7 +108,7 @@ def test_tls_is_spoken_where_there_is_a_certificate() -> None:
 def test_behind_a_proxy_only_it_and_this_machine_may_connect() -> None:
     rule = "tcp-request connection reject unless { src 127.0.0.0/8 ::1 10.0.0.5/32 }"
     assert rule in lines(dataclasses.replace(FRONT, only_from="10.0.0.5/32"))
-    assert not any(line.startswith("tcp-request") for line in lines())
+    assert rule not in lines()
 
 
 @pytest.mark.parametrize(("files", "connections"), [(20_000, 4096), (1024, 308), (10, 1)])
@@ -95,4 +133,4 @@ def test_what_is_not_known_is_not_started(config: str, message: str) -> None:
 
 def test_a_path_that_would_end_the_quotes_is_refused() -> None:
     with pytest.raises(IngressError, match="which HAProxy's configuration cannot hold"):
-        lines(dataclasses.replace(FRONT, unavailable='/run/"x'))
+        lines(dataclasses.replace(FRONT, answers='/run/"x'))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from farm import yamlfile
 from farm.errors import ManifestError
 from farm.manifest import Budget, Manifest, PromptFile, PromptTemplate, SeedCount, VaryFile, load_manifest
 
@@ -277,7 +278,27 @@ def test_billion_laughs_are_refused_quickly(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
     message = refusal(tmp_path, "\n".join(lines))
-    assert message.endswith("more than 300000 values once its anchors are expanded; write less, or use files")
+    assert message == ("m.yaml:6: more than 300000 values once its anchors are expanded; write less, or use files")
+
+
+def test_anchors_cost_what_is_written_and_not_what_they_stand_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object) -> None:
+        raise AssertionError("built before it was counted")
+
+    monkeypatch.setattr(yamlfile._Builder, "build", build)
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    for text in ("\n".join(lines), "a: &a [*a, *a]", "b: &b {c: [1, *b]}", f"a: &a [[{'x, ' * 1000}], *a]"):
+        with pytest.raises(ManifestError, match="anchors"):
+            yamlfile.parse_yaml(text.encode(), "m.yaml", ManifestError, what="manifest")
+
+
+def test_anchors_within_bounds_are_expanded() -> None:
+    text = b"a: &a [1, 2]\nb: [*a, *a]\nc: {d: *a}\n"
+    found = yamlfile.parse_yaml(text, "m.yaml", ManifestError, what="manifest")
+    assert found.data == {"a": [1, 2], "b": [[1, 2], [1, 2]], "c": {"d": [1, 2]}}
 
 
 def test_file_that_is_not_there_or_a_folder_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 from farm.errors import RequestError
 from farm.places import (
     DOUBT_S,
+    ENTRIES_KEPT,
     ENTRIES_KEPT_S,
     RENDERER_START_S,
     UNKNOWN_STEP_S,
@@ -219,12 +220,38 @@ def test_images_that_lost_their_renderer_are_not_refused_for_want_of_room():
 def test_images_that_lost_their_renderer_go_to_another_where_there_is_one():
     places = Places(10)
     places.enter(entry("t0"), AB, now=0.0)
-    places.leave("t0-0", seconds=0.0, now=1.0)
+    places.leave("t0-0", seconds=0.0, lost=True, now=1.0)
     assert shares(places, entry("t1", again=True), AB, now=1.0) == {"b": 1}
     assert shares(places, entry("t2", again=True), [place("a")], now=1.0) == {"a": 1}
     places.leave("t1-0", seconds=1.0, now=2.0)
     places.leave("t2-0", seconds=1.0, now=2.0)
     assert shares(places, entry("t3", again=True), AB, now=1.0 + DOUBT_S) == {"a": 1}
+
+
+def test_a_seat_that_its_gateway_gave_back_undrawn_casts_no_doubt_on_its_renderer():
+    places = Places(10)
+    places.enter(entry("t0"), AB, now=0.0)
+    places.leave("t0-0", seconds=0.0, now=1.0)
+    assert shares(places, entry("t1", again=True), AB, now=1.0) == {"a": 1}
+
+
+def test_a_question_that_was_left_before_it_is_heard_gets_no_seats_for_a_while():
+    places = Places(10)
+    assert places.leave("t", seconds=0.0, now=1.0) == ()
+    gone = places.answer_to("t").refusal
+    assert (gone.code, gone.message) == ("busy", "this was given up before it was heard")
+    places.leave("t", seconds=0.0, now=30.0)
+    places.expire(now=1.1 + ENTRIES_KEPT_S)
+    assert places.answer_to("t") is None
+    assert not places._answers
+    assert not places._left
+
+
+def test_no_more_than_so_many_that_are_not_known_are_remembered():
+    places = Places(10)
+    for number in range(ENTRIES_KEPT + 5):
+        places.leave(f"t{number}", seconds=0.0, now=1.0)
+    assert len(places._answers) == len(places._left) == ENTRIES_KEPT
 
 
 def test_a_silent_gateways_seats_are_given_up_and_named():

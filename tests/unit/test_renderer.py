@@ -708,6 +708,49 @@ def test_a_beat_says_what_is_loaded_and_how_many_urgent_images_there_are(ledger,
     assert standing.load_s > 0
 
 
+def test_steps_and_pictures_of_urgent_images_show_in_the_beats(ledger, plan):
+    link = InProcess(ledger, plan.job)
+    link.away = True
+    renderer = make_renderer(ledger, link)
+    draw_meanwhile(renderer, lambda: True, portion(plan, "a", steps=3))
+    before = renderer._urgent.ticks
+    link.away = False
+    asyncio.run(renderer._renew())
+    assert link.beats[-1].standing.urgent_ticks == before >= 1 + 3 + 1  # load, steps, picture
+
+
+def test_an_urgent_image_in_a_shards_place_is_announced_and_does_not_wait_for_an_answer(ledger, plan):
+    slow = slower(plan, steps=200)
+    assert ledger.create_plan(slow, 2)
+    ledger.put_totals(plan, 1, _totals())
+    link = InProcess(ledger, plan.job)
+    renderer = make_renderer(ledger, link)
+    renderer._beat_s = 3600
+    heard: list[Beat] = []
+
+    async def silent(beat: Beat) -> Renewal:
+        heard.append(beat)
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    link.renew = silent
+
+    async def main() -> float:
+        work = asyncio.create_task(renderer.work())
+        await until(lambda: at_work(renderer))
+        started = time.monotonic()
+        for n in range(2):
+            answer = await asyncio.wait_for(renderer.draw(portion(plan, f"t{n}", steps=10)), 20)
+            assert answer.images[0].error_code is None
+        took = time.monotonic() - started
+        renderer.retire()
+        await asyncio.wait_for(work, 20)
+        return took
+
+    assert asyncio.run(main()) < 4
+    assert [[report.aside for report in beat.reports if report.in_hand] for beat in heard] == [[True]]
+
+
 def test_what_was_counted_is_told_again_and_again(ledger, plan, monkeypatch):
     monkeypatch.setattr("farm.renderer.REPORT_S", 0.01)
     link = InProcess(ledger, plan.job)

@@ -173,11 +173,51 @@ def test_time_spent_loading_is_told_to_those_who_wait_for_that_model() -> None:
     waiting = queue()
     waiting.put(portion("a"), now=0.0)
     waiting.put(other_model("b"), now=0.0)
-    waiting.loaded(WEIGHTS, 2.5)
+    waiting.loaded(WEIGHTS, 2.5, now=10.0)
     assert [image.hand.load_s for image in (waiting.next(WEIGHTS), waiting.next()) if image] == [2.5, 2.5]
     other = waiting.next(weights_of(card(family="sleep"), numerics()))
     assert other is not None
     assert other.hand.load_s == 0.0
+
+
+def test_who_came_while_a_model_was_loaded_waited_for_the_rest_of_that_alone() -> None:
+    waiting = queue()
+    waiting.put(portion("a"), now=0.0)
+    waiting.put(portion("b"), now=9.0)
+    waiting.loaded(WEIGHTS, 2.5, now=10.0)
+    assert [image.hand.load_s for image in waiting.take(WEIGHTS, 2)] == [2.5, 1.0]
+
+
+def test_a_drop_that_overtakes_its_portion_is_remembered_and_for_so_many_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farm.urgent.DROPPED_KEPT", 2)
+    waiting = queue()
+    for token in "abc":
+        assert not waiting.drop(token)
+    for token in "bc":
+        with pytest.raises(CancelledError, match="dropped before it came"):
+            waiting.put(portion(token), now=0.0)
+    waiting.put(portion("a"), now=0.0)
+    assert len(waiting) == 1
+
+
+def test_steps_loads_and_pictures_are_progress() -> None:
+    waiting = queue()
+    waiting.put(portion("a", 2), now=0.0)
+    assert (waiting.ticks, waiting.progressed()) == (0, 1)
+    waiting.loaded(WEIGHTS, 2.5, now=10.0)
+    for image in waiting.take(WEIGHTS, 2):
+        waiting.settle(image, drawn(image), answer)
+    assert waiting.ticks == 4
+
+
+def test_the_first_that_is_told_of_an_image_counts() -> None:
+    waiting = queue()
+    future = waiting.put(portion("a", 2), now=0.0)
+    first, second = waiting.take(WEIGHTS, 2)
+    waiting.settle(first, Drawn(0, 1, 0.0, error_code="not_written", error_message="no"), answer)
+    waiting.settle(first, drawn(first), answer)
+    waiting.settle(second, drawn(second), answer)
+    assert [image.error_code for image in future.result(0).images] == ["not_written", None]
 
 
 def test_urgent_work_has_a_burst_and_then_four_seconds_for_each_of_a_shard() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from farm.errors import FarmUnavailableError
 from farm.settings import Settings
-from farm.whereabouts import living, note_file, own_whereabouts, read_note, refuse_second, write_note
+from farm.whereabouts import clear_away, living, note_file, own_whereabouts, read_note, refuse_second, write_note
 
 
 @pytest.fixture
@@ -30,6 +30,22 @@ def test_a_note_of_a_process_that_has_gone_does_not_count(settings: Settings, ch
     assert living(note) is None
     assert read_note(note) is not None
     refuse_second(settings)
+
+
+def test_what_a_killed_farm_left_is_cleared_away_and_nothing_else(settings: Settings, tmp_path: Path) -> None:
+    note, folder = note_file(settings), tmp_path / "private"
+    folder.mkdir()
+    (folder / "endpoint.pem").write_text("key")
+    ours = own_whereabouts("up", folder=str(folder))
+    assert clear_away(note) is None
+    write_note(note, ours)
+    assert clear_away(note) is None
+    assert folder.exists()
+    killed = dataclasses.replace(ours, started=1.0)
+    write_note(note, killed)
+    assert clear_away(note) == killed
+    assert not folder.exists()
+    assert not note.exists()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", "null", '{"pid": "1", "started": 1}', '{"pid": 1, "started": "x"}'])

@@ -33,6 +33,18 @@ def test_starting_the_command_imports_nothing_heavy() -> None:
     assert python("-c", code, check=True).stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("module", ["farm", "farm.cli.app"])
+def test_the_command_runs_as_a_module(module: str) -> None:
+    assert python("-m", module, "--version").stdout == f"farm {__version__}\n"
+    wrong = python("-m", module, "status", "--jason")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "--jason" in wrong.stderr
+
+
+def test_importing_the_module_that_starts_it_starts_nothing() -> None:
+    assert python("-c", "import farm.__main__; print('here')").stdout == "here\n"
+
+
 def test_help_lists_the_commands_and_the_exit_codes(farm: Place) -> None:
     ended = farm("--help")
     assert ended.code == 0

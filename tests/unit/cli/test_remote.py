@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from farm.cli import remote
 from farm.cli.options import Options
 from farm.client import Client
+from farm.client.answers import Job, Progress
 from tests.unit.cli.conftest import Place
 from tests.unit.client.conftest import URL, Endpoint, live
 
@@ -150,3 +152,20 @@ def test_pictures_are_told_as_json_too(there: Place, monkeypatch: pytest.MonkeyP
     assert told["file"] == "farm-pictures/0001.png"
     assert told["model"] == "sketch"
     assert "b64_json" not in told
+
+
+def test_a_job_that_the_farm_stopped_is_shown_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    live = Progress(state="stalled", message="the store refuses it")
+    job = Job(job="held", state="open", images=2, live=live)
+    remote.show_job(Options(), job)
+    seen = capsys.readouterr()
+    assert seen.out.startswith("held: stalled, 0 of 2 images")
+    assert "note       the store refuses it" in seen.out
+    assert seen.err == "when its trouble is mended, the farm tries again: farm resume held\n"
+    other = Job(job="goes", state="open", live=Progress(state="running"))
+    remote.show_jobs(None, [job, other])  # type: ignore[arg-type]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if line.split()[0] in ("held", "goes")] == [
+        ["held", "stalled"],
+        ["goes", "open"],
+    ]

@@ -54,6 +54,18 @@ def test_down_ends_nothing_that_farm_render_started(farm: Place) -> None:
     assert f"that farm belongs to farm render (process {os.getpid()}) and ends with its job" in ended.error
 
 
+def test_down_clears_away_what_a_killed_farm_left(farm: Place, tmp_path: Path) -> None:
+    folder = tmp_path / "private"
+    folder.mkdir()
+    note = note_file(load_settings())
+    write_note(note, dataclasses.replace(own_whereabouts("up", folder=str(folder)), started=1.0))
+    ended = farm("down")
+    assert ended.code == 0
+    assert f"what one left that was killed (process {os.getpid()}) is cleared away" in ended.err
+    assert not folder.exists()
+    assert "nothing was to be done" in farm("down").err
+
+
 def test_down_without_a_farm_is_done_at_once(farm: Place) -> None:
     ended = farm("down", "--json")
     assert ended.code == 0

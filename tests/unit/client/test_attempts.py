@@ -6,8 +6,8 @@ import ssl
 import httpx2
 import pytest
 
-from farm.client.address import checked
-from farm.client.attempts import Attempts, error_of_answer, retry_after
+from farm.client.address import Address, checked
+from farm.client.attempts import Attempts, error_of_answer, retry_after, unanswered
 from farm.errors import (
     BusyError,
     FarmUnavailableError,
@@ -87,6 +87,14 @@ def test_a_call_that_broke_off_is_made_again_only_where_that_changes_nothing() -
     assert attempts().failed(broken, now=0.0, chance=1.0) == 0.25
     with pytest.raises(FarmUnavailableError, match="what was asked may have been done all the same"):
         attempts(repeatable=False).failed(broken, now=0.0, chance=1.0)
+
+
+def test_a_farm_that_speaks_tls_alone_is_guessed_at() -> None:
+    broken = httpx2.RemoteProtocolError("Server disconnected without sending a response.")
+    found = unanswered(broken, Address("http://farm.example", "", False), may_have_happened=False)
+    assert found.message.endswith("a response.; if it speaks TLS, write https://)")
+    found = unanswered(broken, Address("https://farm.example", "", False), may_have_happened=False)
+    assert "write https" not in found.message
 
 
 def test_an_untrusted_certificate_is_said_at_once_with_what_to_do() -> None:

@@ -49,6 +49,7 @@ class FarmAtRest:
         self.charged: list[tuple[str, int]] = []
         self.refusal: Refusal | None = None
         self.progresses: dict[str, JobProgress] = {}
+        self.stall_codes: dict[str, str] = {}
         self.services = build_services(
             self.settings, name="gateway-0", incarnation="1", link=self, ledger=self.ledger, wall=lambda: self.now
         )
@@ -81,7 +82,7 @@ class FarmAtRest:
     async def drop(self, renderer: str, token: str) -> None:
         self._here()
 
-    async def leave(self, token: str, *, seconds: float) -> None:
+    async def leave(self, token: str, *, seconds: float, lost: bool = False) -> None:
         self._here()
 
     async def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot) -> None:
@@ -99,7 +100,7 @@ class FarmAtRest:
 
     async def progress(self, job: str) -> tuple[JobProgress | None, str | None]:
         self._here()
-        return self.progresses.get(job), None
+        return self.progresses.get(job), self.stall_codes.get(job)
 
     async def pool(self) -> PoolView:
         self._here()

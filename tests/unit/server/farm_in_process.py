@@ -233,8 +233,8 @@ class FarmInProcess:
             # Ray does not end an actor's call with its caller: only `drop` does.
             drawing.add_done_callback(_seen)
 
-    async def leave(self, token: str, *, seconds: float) -> None:
-        await self._at_desk(self.desk.leave(token, seconds=seconds))
+    async def leave(self, token: str, *, seconds: float, lost: bool = False) -> None:
+        await self._at_desk(self.desk.leave(token, seconds=seconds, lost=lost))
 
     async def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot) -> None:
         await self._at_desk(self.desk.hold(gateway, tokens, snapshot))

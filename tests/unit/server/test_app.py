@@ -73,8 +73,28 @@ def test_what_is_not_there_is_said_in_openais_shape(tmp_path):
             },
         )
         wrong = await http.delete("/v1/models")
-        assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET")
-        assert wrong.json()["error"]["message"] == 'DELETE is not for "/v1/models", which takes GET'
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET, HEAD")
+        assert wrong.json()["error"]["message"] == 'DELETE is not for "/v1/models", which takes GET, HEAD'
+        for method, path, takes in (
+            ("DELETE", "/v1/jobs", "GET, HEAD, POST"),
+            ("DELETE", "/v1/jobs/x", "GET, HEAD, PUT"),
+            ("GET", "/v1/images/generations", "POST"),
+            ("PUT", "/v1/images/x", "DELETE, GET, HEAD"),
+            ("HEAD", "/v1/jobs/x/events", "GET"),
+            ("PUT", "/v1/jobs/x/pause", "POST"),
+        ):
+            refused = await http.request(method, path)
+            assert (refused.status_code, refused.headers["allow"]) == (405, takes), path
+
+
+def test_head_is_answered_as_get_without_its_body(tmp_path):
+    async def test(farm: FarmInProcess, http: httpx2.AsyncClient) -> None:
+        for path in ("/healthz", "/v1/models", "/v1/models/sketch", "/openapi.json", "/v1/images"):
+            got, head = await http.get(path), await http.head(path)
+            assert (head.status_code, head.content) == (200, b""), path
+            assert head.headers["content-length"] == str(len(got.content))
+        missing = await http.head("/v1/images/x/content")
+        assert (missing.status_code, missing.content) == (404, b"")
 
     with_farm(tmp_path, test)
 

@@ -1,6 +1,8 @@
 """Who and what comes in: hosts, origins, bodies, keys."""
 
 import asyncio
+import socket
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import uvicorn
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
@@ -103,6 +106,7 @@ def test_another_sites_page_is_refused_and_ones_own_is_not(services):
         "origin",
     )
     assert send(services, headers={"origin": "null"}).status_code == 403
+    assert send(services, headers={"origin": "http://[bad"}).status_code == 403
     assert send(services, headers={"origin": "http://127.0.0.1:9999"}).status_code == 403
     assert send(services, headers={"origin": HERE}).status_code == 200
 
@@ -225,3 +229,55 @@ def test_requests_are_counted_with_their_status(services):
         labels = (("method", "GET"), ("route", "none"), ("status", status))
         assert samples["farm_http_requests_total", labels] == 1
     assert samples["farm_http_in_flight", ()] == 0
+
+
+def held_back(services: Services, head: str) -> tuple[bytes, float]:
+    """What a live server sends to one who begins a body and says no more, and after how many seconds it hangs up."""
+
+    async def main() -> tuple[bytes, float]:
+        config = uvicorn.Config(Doors(echo, services), log_level="error", lifespan="off", timeout_keep_alive=90)
+        config.load()
+        server = uvicorn.Server(config)
+        ours, theirs = socket.socketpair()
+        await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: config.http_protocol_class(config, server.server_state, {}), theirs
+        )
+        reader, writer = await asyncio.open_connection(sock=ours)
+        began = time.monotonic()
+        writer.write(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        answer = await asyncio.wait_for(reader.read(), 10)
+        seconds = time.monotonic() - began
+        writer.close()
+        await writer.wait_closed()
+        await asyncio.sleep(0.05)  # in which the server's end of it is closed too
+        return answer, seconds
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("POST /v1/jobs HTTP/1.1\r\nHost: evil.example\r\n", b"403"),
+        ("POST /v1/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: text/plain\r\n", b"415"),
+        (
+            "POST /v1/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nAuthorization: Bearer farm-x\r\n",
+            b"401",
+        ),
+    ],
+)
+def test_who_is_refused_cannot_keep_the_connection_by_holding_back_the_body(services, monkeypatch, head, status):
+    monkeypatch.setattr(doors, "LINGER_S", 0.1)
+    answer, seconds = held_back(services, head)
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert b"connection: close" in answer
+    assert answer.endswith(b"}")
+    assert 0.05 < seconds < 2
+
+
+def test_a_body_that_was_read_keeps_the_connection(services):
+    answer = send(services, "POST", "/v1/jobs", content=b"{}", headers={"content-type": "application/json"})
+    assert "connection" not in answer.headers
+    refused = send(services, "POST", "/v1/jobs", content=b"{}", headers={"content-type": "text/plain"})
+    assert refused.headers["connection"] == "close"
+    assert "connection" not in send(services, headers={"host": "evil.example"}).headers

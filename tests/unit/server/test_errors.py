@@ -1,11 +1,12 @@
 """Errors as answers."""
 
 import json
+import logging
 
 import pytest
 
 from farm import errors
-from farm.server.errors import STATUSES, answer_of, error_answer, fault, status_of
+from farm.server.errors import OPERATORS, STATUSES, answer_of, error_answer, fault, scrubbed, status_of, told
 
 
 def every_error() -> list[type[errors.FarmError]]:
@@ -22,7 +23,8 @@ def test_every_error_of_ours_has_a_status_and_openais_shape(kind):
     body = json.loads(answer.body)
     assert set(body) == {"error"}
     assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert (body["error"]["message"], body["error"]["code"]) == ("it is so", kind.code)
+    message = next((text for root, text in OPERATORS.items() if issubclass(kind, root)), "it is so")
+    assert (body["error"]["message"], body["error"]["code"]) == (message, kind.code)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,9 @@ def test_every_error_of_ours_has_a_status_and_openais_shape(kind):
         (errors.FarmUnavailableError("x"), 503),
         (errors.NodeDiedError("x"), 503),
         (errors.StoreUnavailableError("x"), 503),
-        (errors.StoreDeniedError("x"), 500),
+        (errors.StoreDeniedError("x"), 503),
+        (errors.StoreFullError("x"), 503),
+        (errors.ModelCardError("x"), 503),
         (errors.OutOfMemoryError("x"), 500),
     ],
 )
@@ -91,4 +95,46 @@ def test_what_validation_says_names_field_and_value():
     assert fault([{"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}]) == (
         "the body is missing; give it",
         None,
+    )
+    too_many = {"type": "too_long", "loc": ("body", "prompts"), "msg": "Tuple ...", "input": []}
+    assert fault([too_many | {"ctx": {"field_type": "Tuple", "max_length": 64, "actual_length": 65}}]) == (
+        "prompts: has 65 items, at most 64 are taken; send less",
+        "prompts",
+    )
+
+
+@pytest.mark.parametrize("kind", [errors.StoreDeniedError, errors.StoreFullError])
+def test_a_store_that_cannot_be_written_is_the_operators_affair(kind, caplog):
+    with caplog.at_level(logging.ERROR):
+        answer = answer_of(kind("/srv/store/.farm/tmp-1: Permission denied; give this user the right"))
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert json.loads(answer.body)["error"]["message"] == (
+        "the farm's store cannot be written at the moment; tell its operator"
+    )
+    assert "/srv/store/.farm/tmp-1: Permission denied" in caplog.records[0].reason
+
+
+def test_a_hub_out_of_reach_is_the_farms_fault():
+    answer = answer_of(errors.ModelCardError("model z: the hub: [Errno 101] unreachable; check HF_TOKEN"))
+    error = json.loads(answer.body)["error"]
+    assert (answer.status_code, error["type"], error["param"]) == (503, "overloaded_error", "model")
+    assert "HF_TOKEN" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("/srv/store/jobs/a.json: Input/output error", "the store/jobs/a.json: Input/output error"),
+        ("[Errno 2] No such file: '/root/.cache/hub/x y/z.bin'", "[Errno 2] No such file: 'x y/z.bin'"),
+        ("see GET /v1/jobs/a/images; /docs; s3://bucket/a/b; http://host:80/a/b", None),
+        ("4 images/s, 1/2 done", None),
+    ],
+)
+def test_folders_of_this_machine_stay_here(text, clean):
+    assert scrubbed(text, store="/srv/store") == (clean or text)
+
+
+def test_what_a_client_wrote_is_repeated_as_it_was():
+    assert told(errors.ManifestError("must lie below s3://a/, got '/etc/x/passwd'")) == (
+        "must lie below s3://a/, got '/etc/x/passwd'"
     )

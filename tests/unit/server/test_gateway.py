@@ -21,7 +21,7 @@ from farm.modelcard import find_card
 from farm.plan import ImageSpec
 from farm.portion import Allowance, Answer, Drawn, Entry, Placing, Portion, Refusal, Seat
 from farm.server.cards import Ready
-from farm.server.gateway import TRIES, Errand, Gateway, Result
+from farm.server.gateway import AWAY_S, TRIES, Errand, Gateway, Result
 from farm.settings import Settings
 from farm.tally import Snapshot
 from tests.unit.virtual import run
@@ -49,6 +49,7 @@ class Farm:
         self.entries: list[Entry] = []
         self.told: list[tuple[Any, ...]] = []
         self.held: list[tuple[str, ...]] = []
+        self.lost: list[str] = []
         self.entering_s = 0.0
 
     async def enter(self, entry: Entry) -> Placing:
@@ -70,8 +71,10 @@ class Farm:
     async def drop(self, renderer: str, token: str) -> None:
         self.told.append(("drop", renderer, token))
 
-    async def leave(self, token: str, *, seconds: float) -> None:
+    async def leave(self, token: str, *, seconds: float, lost: bool = False) -> None:
         self.told.append(("leave", token, seconds))
+        if lost:
+            self.lost.append(token)
 
     async def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot) -> None:
         self.held.append(tuple(tokens))
@@ -157,6 +160,7 @@ def test_only_the_images_that_were_lost_are_drawn_again(lost):
     assert [one.drawn.index for one in results] == [0, 1, 2]
     assert [(entry.images, entry.again) for entry in farm.entries] == [(3, False), (2, True)]
     assert ("leave", "s0", 0.0) in farm.told
+    assert farm.lost == ["s0"]
     # One that does not answer may draw on; the others know that the portion is over.
     assert (("drop", "renderer-0", "s0") in farm.told) == isinstance(lost, FarmUnavailableError)
 
@@ -203,6 +207,7 @@ def test_who_goes_away_has_the_portion_dropped_and_the_seat_given_back():
     farm = Farm(drawing=[60.0])
     gone_after(farm, 1)
     assert farm.told[1:] == [("drop", "renderer-0", "s0"), ("leave", "s0", 0.0)]
+    assert farm.lost == []
 
 
 def test_who_goes_away_while_seats_are_asked_for_leaves_none_behind():
@@ -210,6 +215,29 @@ def test_who_goes_away_while_seats_are_asked_for_leaves_none_behind():
     farm.entering_s = 2
     gone_after(farm, 1)
     assert farm.told == [("leave", "s0", 0.0)]
+
+
+def test_a_question_that_is_given_up_is_left_so_that_it_gets_no_seats_when_it_is_heard_later():
+    farm = Farm(*[FarmUnavailableError("away")] * 99)
+    assert refusal_of(farm, FarmUnavailableError).message == "away"
+    assert farm.told == [("leave", "t", 0.0)]
+
+
+def test_who_goes_away_before_the_farm_is_back_leaves_the_question_too():
+    farm = Farm(*[FarmUnavailableError("away")] * 99)
+
+    async def main() -> None:
+        one = gateway(farm)
+        running = asyncio.create_task(one.run(errand()))
+        await asyncio.sleep(1)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        await asyncio.sleep(AWAY_S)
+        await one.close()
+
+    run(main())
+    assert farm.told == [("leave", "t", 0.0)]
 
 
 def test_a_gateway_shows_life_with_the_seats_that_it_needs():

@@ -150,8 +150,14 @@ def test_compression_is_the_quality_of_lossy_files_alone():
     [
         {"n": 0},
         {"n": MAX_IMAGES + 1},
-        {"size": "0x64"},
-        {"size": "64"},
+        {"n": True},
+        {"n": "2"},
+        {"n": 2.0},
+        {"seed": "1"},
+        {"guidance_scale": "1"},
+        {"guidance_scale": True},
+        {"prompt": None, "prompts": "ab"},
+        {"prompt": None, "prompts": [1]},
         {"seed": -1},
         {"seed": 2**32},
         {"guidance_scale": float("nan")},
@@ -164,3 +170,12 @@ def test_compression_is_the_quality_of_lossy_files_alone():
 def test_values_out_of_bounds_are_refused(fields):
     with pytest.raises(ValidationError):
         asked(**fields)
+
+
+@pytest.mark.parametrize("size", ["0x64", "64", "64X64", "64x64\n", ""])
+def test_a_size_that_is_none_says_how_to_write_one(size):
+    assert refusal(size=size) == (f"size: write WIDTHxHEIGHT such as 1024x1024, or auto, got {size!r}", "size")
+
+
+def test_a_whole_number_is_a_scale_too():
+    assert asked(guidance_scale=2).guidance_scale == 2.0

@@ -27,6 +27,8 @@ Test = Callable[[FarmInProcess, Any], Awaitable[None]]
 PATH = "/v1/images/generations"
 ASK = {"model": "sketch", "prompt": "a red circle", "num_inference_steps": 1, "guidance_scale": 0.0}
 
+ASK_OPENAI: Any = {"model": "sketch", "prompt": "a red circle", "quality": "low"}
+
 
 def with_farm(folder: Path, test: Test, *, key: str = "not-needed", **options: Any) -> None:
     async def main() -> None:
@@ -58,6 +60,18 @@ def test_the_openai_client_draws_a_picture_with_a_seed(tmp_path):
         assert again.data[0].b64_json == first.data[0].b64_json
 
     with_farm(tmp_path, test)
+
+
+def test_a_farm_that_keeps_no_images_answers_without_ids_and_refuses_links(tmp_path):
+    async def test(farm: FarmInProcess, client: openai.AsyncOpenAI) -> None:
+        answer = await client.images.generate(**ASK_OPENAI)
+        assert base64.b64decode(answer.data[0].b64_json).startswith(b"\x89PNG")
+        assert not hasattr(answer.data[0], "id")
+        assert list(farm.ledger.store.list("singles/")) == []
+        with pytest.raises(openai.BadRequestError, match="keeps no images that a link could lead to; ask for b64_json"):
+            await client.images.generate(**ASK_OPENAI, response_format="url")
+
+    with_farm(tmp_path, test, images_days=0)
 
 
 def test_every_field_of_openais_and_of_ours_has_its_effect(tmp_path):
@@ -151,7 +165,13 @@ def test_a_request_without_a_model_means_the_one_that_is_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("body", "status", "message", "param", "code"),
     [
-        (b"{", 400, "the body is no JSON: Expecting property name enclosed in double quotes; mend it", None, "request"),
+        (
+            b"{",
+            400,
+            "the body:1: not JSON: Expecting property name enclosed in double quotes in column 2;",
+            None,
+            "request",
+        ),
         (b"", 400, "the body is missing; give it", None, "request"),
         (b"[]", 400, "body: should be a valid dictionary or object to extract fields from, got []", None, "request"),
         (b'{"prompt": 1}', 400, "prompt: should be a valid string, got 1", "prompt", "request"),
@@ -172,8 +192,27 @@ def test_a_request_without_a_model_means_the_one_that_is_loaded(tmp_path):
         ),
         (b'{"prompt": "x", "model": "sketch", "n": 65}', 400, "n: should be less than or equal to 64", "n", "request"),
         (b'{"prompt": "\\ud800", "model": "sketch"}', 400, "prompt: ", "prompt", "request"),
-        (b"[" * 100_000, 400, "", None, None),
-        (b'{"prompt": "x", "seed": 1' + b"0" * 5000 + b"}", 400, "", None, None),
+        (b"[" * 100_000, 400, "the body: nested too deep; a request needs a few levels only", None, "request"),
+        (b'{"n":' + b"[" * 900 + b"]" * 900 + b"}", 400, "n: should be a valid integer", "n", "request"),
+        (
+            b'{"prompt": "x", "seed": 1' + b"0" * 5000 + b"}",
+            400,
+            "the body: a whole number has more than 4300 digits; write a smaller one",
+            None,
+            "request",
+        ),
+        (b'{"prompt": "caf\xe9"}', 400, "the body is not UTF-8 (byte 0xe9); send it as UTF-8", None, "request"),
+        (
+            b'{"n": 1, "n": 2}',
+            400,
+            "the body: the key 'n' stands twice in one object; keep one of them",
+            None,
+            "request",
+        ),
+        (b'{"prompt": "x", "seed": NaN}', 400, "the body: NaN is no JSON number; write a finite one", None, "request"),
+        (b'{"prompt": "x", "n": true}', 400, "n: should be a valid integer, got true", "n", "request"),
+        (b'{"prompt": "x", "seed": "1"}', 400, 'seed: should be a valid integer, got "1"', "seed", "request"),
+        (b'{"size": "big"}', 400, "size: write WIDTHxHEIGHT such as 1024x1024, or auto, got 'big'", "size", "request"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(tmp_path, body, status, message, param, code):

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from farm.errors import StoreUnavailableError
+from farm.errors import StoreDeniedError, StoreUnavailableError
 from farm.export import finalise
 from farm.jobrecord import job_record
 from farm.ledger import Ledger
 from farm.portion import Allowance, Refusal
 from farm.removal import delete_job
+from farm.run import JobProgress
 from farm.server import manifests
 from farm.server.threads import Threads
 from farm.status import job_status
@@ -142,7 +143,11 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read_whole(tmp_path: P
 @pytest.mark.parametrize(
     ("body", "status", "text"),
     [
-        (MANIFEST | {"model": "nothing"}, 404, "manifest:1: no model card is called 'nothing'"),
+        (
+            MANIFEST | {"model": "nothing"},
+            404,
+            "manifest: no model card is called 'nothing'; known here: sketch, z-image-turbo",
+        ),
         (MANIFEST | {"model": "../sketch"}, 404, "no model card is called '../sketch'"),
         (MANIFEST | {"prompts": {"file": "/etc/passwd"}}, 400, "a manifest sent over HTTP reads no files here"),
         (MANIFEST | {"prompts": {"file": "file:///etc/passwd"}}, 400, "reads no files here"),
@@ -469,6 +474,57 @@ def test_the_sheet_is_there_when_a_pass_has_ended(tmp_path: Path) -> None:
         farm, lambda client: client.get("/v1/jobs/shapes/sheet", headers={"if-none-match": answer.headers["etag"]})
     )
     assert again.status_code == 304
+
+
+# A farm that stopped a job
+
+
+def stalled(folder: Path) -> FarmAtRest:
+    farm = finished(folder, shards=1)
+    message = f"{farm.ledger.store.url}/jobs/shapes/x: Permission denied; give this user the right"
+    live = JobProgress("shapes", "r", 1, "stalled", 10, 4, 0, 0.4, None, None, 1, 0, message, {})
+    farm.progresses["shapes"], farm.stall_codes["shapes"] = live, "store_denied"
+    return farm
+
+
+def test_a_job_that_the_farm_stopped_is_shown_as_such(tmp_path: Path) -> None:
+    farm = stalled(tmp_path)
+    for job in (get(farm, "/v1/jobs/shapes").json(), get(farm, "/v1/jobs").json()["data"][0]):
+        assert (job["state"], job["live"]["state"], job["live"]["code"]) == ("open", "stalled", "store_denied")
+        assert job["live"]["message"] == "the store/jobs/shapes/x: Permission denied; give this user the right"
+    farm.away = True
+    assert get(farm, "/v1/jobs").json()["data"][0]["live"] is None
+
+
+def test_resume_has_the_farm_try_again(tmp_path: Path) -> None:
+    farm = stalled(tmp_path)
+    said = post(farm, "/v1/jobs/shapes/resume").json()
+    assert said["message"] == "shapes was neither paused nor cancelled; a farm that had stopped it tries again"
+    assert said["control"] is None
+    assert farm.told == ["shapes"]
+
+
+def test_a_store_that_cannot_be_written_is_told_without_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    farm = finished(tmp_path, shards=1)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise StoreDeniedError(f"{tmp_path}/store/.farm/tmp-1: Read-only file system; give this user the right")
+
+    monkeypatch.setattr(farm.ledger, "append_control", refuse)
+    answer = post(farm, "/v1/jobs/shapes/pause")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert message(answer) == "the farm's store cannot be written at the moment; tell its operator"
+
+
+@pytest.mark.parametrize("body", [b'{"priority": 1, "priority": 2}', b"\xff", b"[" * 100_000])
+def test_what_is_said_to_a_job_is_read_strictly(tmp_path: Path, body: bytes) -> None:
+    farm = finished(tmp_path, shards=1)
+    kind = {"content-type": "application/json"}
+    answer = asking(farm, lambda client: client.post("/v1/jobs/shapes/change", content=body, headers=kind))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "request")
+    assert farm.told == []
 
 
 # Controls

@@ -88,9 +88,9 @@ def test_files_below_an_allowed_prefix_may_be_read(file: str) -> None:
     ],
 )
 def test_everything_else_is_out_of_reach(file: str) -> None:
-    with pytest.raises(ManifestError, match=r"^manifest:1: prompts\.file: must (lie below|be a whole address)"):
+    with pytest.raises(ManifestError, match=r"^manifest: prompts\.file: must (lie below|be a whole address)"):
         of(PLAIN | {"prompts": {"file": file}})
-    with pytest.raises(ManifestError, match=r"^manifest:1: prompts\.vary\.colour\.file: must "):
+    with pytest.raises(ManifestError, match=r"^manifest: prompts\.vary\.colour\.file: must "):
         of(PLAIN | {"prompts": {"template": "{colour}", "vary": {"colour": {"file": file}}}})
 
 
@@ -141,7 +141,7 @@ def test_json_that_is_no_manifest_is_refused_in_words(body: bytes, message: str)
 
 
 def test_a_number_of_thousands_of_digits_is_refused() -> None:
-    with pytest.raises(ManifestError, match=r"^manifest: not JSON: Exceeds the limit"):
+    with pytest.raises(ManifestError, match=r"^manifest: a whole number has more than 4300 digits; write a smaller one$"):
         manifest_from(b'{"priority": ' + b"9" * 5000 + b"}", is_yaml=False, sources=SOURCES)
 
 
