@@ -141,7 +141,9 @@ def test_json_that_is_no_manifest_is_refused_in_words(body: bytes, message: str)
 
 
 def test_a_number_of_thousands_of_digits_is_refused() -> None:
-    with pytest.raises(ManifestError, match=r"^manifest: a whole number has more than 4300 digits; write a smaller one$"):
+    with pytest.raises(
+        ManifestError, match=r"^manifest: a whole number has more than 4300 digits; write a smaller one$"
+    ):
         manifest_from(b'{"priority": ' + b"9" * 5000 + b"}", is_yaml=False, sources=SOURCES)
 
 
