@@ -242,8 +242,8 @@ def test_a_thousand_requests_at_once_are_drawn_or_told_when_to_come_again(up):
     drawn = [reply for reply in replies if reply.status == 200]
     assert len(drawn) >= MAX_WAITING
     for reply in replies:
-        if reply.status == 503:
-            assert reply.error["code"] == "busy"
+        if reply.status == 503:  # by the dispatcher, or by the proxy where the gateway is too busy to be reached
+            assert reply.error["code"] in ("busy", "farm_unavailable")
             assert int(reply.headers["retry-after"]) >= 1
     assert len({reply.json["data"][0]["seed"] for reply in drawn}) == len(drawn)
     assert up.resident_bytes() - before < 150 * MB
