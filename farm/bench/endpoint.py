@@ -38,6 +38,7 @@ from typing import TypedDict
 from farm.bench.environment import environment
 from farm.bench.load import Client, Reply, drive, free_port, percentiles, running
 from farm.bench.throughput import COLORS, SHAPES
+from farm.devices import default_renderers, local_device
 from farm.ledger import Ledger
 from farm.modelcard import find_card
 from farm.settings import load_settings
@@ -146,13 +147,15 @@ def cut_in(bulk: int) -> CutIn:
         f"name: {JOB}\nmodel: sketch\nprompts: {json.dumps(_prompts(bulk, seed=2))}\n"
         "seeds: {count: 1, from: slot}\noutput: {thumbnails: false}\n"
     )
+    renderers = default_renderers(local_device(), stays=True)
     with tempfile.TemporaryDirectory(prefix="farm-bench-") as name:
         folder = Path(name)
         calm, wild = folder / "calm", folder / "wild"
         (folder / "bulk.yaml").write_text(manifest)
         env = os.environ | {"FARM_STORE": str(calm), "FARM_RUNTIME_DIR": str(folder / "runtime")}
         done = subprocess.run(
-            [FARM, "render", str(folder / "bulk.yaml")],
+            # As many renderers as `farm up` starts: a plan's shards follow from them, and a picture names its plan.
+            [FARM, "render", str(folder / "bulk.yaml"), "--renderers", str(renderers)],
             env=env,
             cwd=folder,
             capture_output=True,
