@@ -125,14 +125,14 @@ def ignoring_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Serv
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """Ceph's gateway. Not to be had: skips with the reason, and fails where `CI` is set."""
     if not all(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") for name in ("radosgw", "ceph-osd")):
-        _do_without(f"Ceph's gateway is not installed; run: sudo {CEPH} install")
+        do_without(f"Ceph's gateway is not installed; run: sudo {CEPH} install")
     folder = tmp_path_factory.mktemp("ceph")
     try:
         try:
             environment = ceph("start", folder)
         except subprocess.SubprocessError as exc:
             log = exc.stderr or b""
-            _do_without(f"Ceph's gateway did not start: {log.decode(errors='replace')[-1000:]}")
+            do_without(f"Ceph's gateway did not start: {log.decode(errors='replace')[-1000:]}")
         yield S3Server(
             environment["FARM_S3_ENDPOINT"],
             "farm",
@@ -164,7 +164,7 @@ def wait_until_gone(endpoint: str, *, limit_s: float = 20.0) -> None:
     raise AssertionError(f"{endpoint} still answers after {limit_s} s")
 
 
-def _do_without(reason: str) -> None:
+def do_without(reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from tests.chaos import end, title
+from tests.integration.servers import do_without
 from tests.integration.test_farm import SLEEPY, Terminal, children, find, until
 
 RAY_GRPC = ("gcs_server", "raylet", "ray::")
@@ -222,7 +223,7 @@ def test_it_renders_what_the_store_holds_and_farm_render_attaches_to_it(terminal
 def certificate(tmp_path: Path) -> tuple[Path, Path]:
     openssl = shutil.which("openssl")
     if openssl is None:
-        pytest.skip("openssl is not installed")
+        do_without("openssl is not installed")
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
