@@ -19,6 +19,7 @@ from farm.modelcard import ModelCard
 from farm.models.device import GIB, Device, Part
 from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
 from farm.models.loading import load_part, locate, part_bytes
+from farm.models.packed import pack_block, packs
 from farm.models.zimage_steps import StepTransformer
 from farm.placement import Needs, Placement, place
 from farm.plan import ImageSpec, Numerics
@@ -96,6 +97,10 @@ class ZImageFamily:
         self._text_encoder = load("text_encoder", Qwen3Model, **weights).eval()
         self._transformer = load("transformer", ZImageTransformer2DModel, **weights).eval()
         self._vae = load("vae", AutoencoderKL, **weights).eval()
+        if packs(self._device.torch, self._dtype):
+            model = self._transformer
+            for block in (*model.layers, *model.noise_refiner, *model.context_refiner):
+                pack_block(block)
         self._open_pipeline(load("scheduler", FlowMatchEulerDiscreteScheduler))
 
     def _open_pipeline(self, scheduler: FlowMatchEulerDiscreteScheduler) -> None:
@@ -214,7 +219,7 @@ class ZImageFamily:
 
         doing = f"denoise {len(specs)} images of {params.width}x{params.height}"
         with self._phase("denoise", doing):
-            self._steps.forget()
+            self._steps.forget(guided=bool(negative))
             try:
                 latents: torch.Tensor = self._pipeline(
                     prompt_embeds=self._collate(positive),

@@ -1,8 +1,10 @@
-"""Z-Image's transformer, with what is the same at every denoising step computed once a batch.
+"""Z-Image's transformer, with nothing computed twice: what is the same at every step once a batch, what is the same in
+both halves of a guided batch once a step.
 
-The stock forward embeds and refines the captions, and builds positions and masks, anew at each step; none of that
-depends on the step. This does the same operations in the same order, so its output equals the stock one bit for bit
-(tested on the CPU). It uses the stock model's layers and private preparation: a new diffusers must pass that test.
+The stock forward embeds and refines the captions, and builds positions and masks, anew at each step; and with guidance it
+refines the same noise once for the prompt and once for the negative one. This does the stock operations in their order, so
+its output equals the stock one but for rounding (tested on the CPU). It uses the stock model's layers and private
+preparation: a new diffusers must pass that test.
 """
 
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ class StepTransformer(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.transformer = transformer
         self._prepared: _Prepared | None = None
+        self._guided = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,9 +57,10 @@ class StepTransformer(nn.Module):  # type: ignore[misc]
         """The stock model's configuration."""
         return self.transformer.config
 
-    def forget(self) -> None:
-        """Drop what was kept of the last batch."""
+    def forget(self, *, guided: bool = False) -> None:
+        """Drop what was kept of the last batch. `guided`: the next one comes twice, with its prompts and its negative ones."""
         self._prepared = None
+        self._guided = guided
 
     def forward(
         self,
@@ -71,8 +75,11 @@ class StepTransformer(nn.Module):  # type: ignore[misc]
         kept = self._prepared
         if kept is None:
             kept = self._prepared = self._prepare(images, captions)
-        modulation = model.t_embedder(timestep * model.t_scale).type_as(images[0])
+        # All images of a batch are at the same step: its modulation is one row.
+        modulation = model.t_embedder(timestep[:1] * model.t_scale).type_as(images[0])
 
+        if self._guided:  # both halves are the same images until they meet their captions
+            images = images[: len(images) // 2]
         batch = len(images)
         _, frames, height, width = images[0].shape
         rows, columns = height // PATCH, width // PATCH
@@ -85,8 +92,10 @@ class StepTransformer(nn.Module):  # type: ignore[misc]
         if kept.padding is not None:
             hidden = torch.where(kept.padding[None, :, None], model.x_pad_token, hidden)
         for layer in model.noise_refiner:
-            hidden = layer(hidden, None, kept.image_positions, modulation)
+            hidden = layer(hidden, None, kept.image_positions[:batch], modulation)
 
+        if self._guided:
+            hidden, batch = hidden.repeat(2, 1, 1), 2 * batch
         hidden = torch.cat([hidden, kept.captions], dim=1)
         for layer in model.layers:
             hidden = layer(hidden, kept.mask, kept.positions, modulation)
