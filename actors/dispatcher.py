@@ -43,6 +43,7 @@ def _in(group: str) -> Callable[[Method], Method]:
     max_task_retries=-1,
     num_cpus=0,
     max_concurrency=RENEWALS,
+    enable_task_events=False,
     concurrency_groups={"polls": POLLS, "control": CONTROLS, "urgent": URGENT},
 )
 class DispatcherActor:
@@ -55,7 +56,8 @@ class DispatcherActor:
 
     Ray bounds the calls of each concurrency group by itself, so that polls never use up what a cancel needs, and runs
     each group on a thread and an event loop of its own. All state belongs to the loop of the default group, where
-    renewals and completions arrive; calls of the other groups are carried there, which takes a tenth of a millisecond.
+    renewals, completions and questions for seats arrive; calls of the other groups are carried there, which takes some
+    tenths of a millisecond. Ray keeps no record of the calls: at two an image those are of no use to anybody.
     A lock instead would not do: what a parked question awaits belongs to one loop.
 
     `farm`, drawn once, and `pid`, the process on this machine that the farm ends with (or 0), make its claims.
@@ -110,10 +112,9 @@ class DispatcherActor:
         """End every renderer, each within a denoising step, and this actor's own work."""
         await self._at_home(self._desk.stop())
 
-    @_in("urgent")
     async def turn(self, leavings: Sequence[Leaving], entries: Sequence[Entry]) -> tuple[Placing | FarmError, ...]:
         """Take back seats of urgent images, then give some or refuse; what an entry would raise stands in its answer's place."""
-        return await self._at_home(self._desk.turn(leavings, entries))
+        return await self._desk.turn(leavings, entries)
 
     @_in("urgent")
     async def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot) -> None:

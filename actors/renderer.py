@@ -76,7 +76,7 @@ class DispatcherLink:
             raise FarmUnavailableError(f"the dispatcher does not answer {method}: {exc}") from exc
 
 
-@ray.remote(max_concurrency=MAX_CALLS)
+@ray.remote(max_concurrency=MAX_CALLS, enable_task_events=False)
 class RendererActor:
     """One renderer, one process, one device.
 

@@ -58,11 +58,14 @@ class Cores:
             self._taken(count)
             return True
 
-    def take_when(self, wanted: Callable[[], int]) -> int:
-        """Take as many as `wanted` says, asked under `changed`, once they are free; or 0, once it says less than 0."""
+    def take_when(self, wanted: Callable[[], int], *, again_s: Callable[[], float | None] = lambda: None) -> int:
+        """Take as many as `wanted` says, asked under `changed`, once they are free; or 0, once it says less than 0.
+
+        It is asked again when something has changed, and after `again_s` seconds where that is no None.
+        """
         with self.changed:
             while (count := wanted()) == 0 or count > self.free:
-                self.changed.wait()
+                self.changed.wait(again_s())
             if count < 0:
                 return 0
             self._taken(count)

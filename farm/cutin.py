@@ -181,7 +181,7 @@ class CutIn:
     def _serve_once(self, name: str) -> None:
         """Wait for a free place and something to do there, and do it."""
         with self._cores.changed:
-            places = self._cores.take_when(self._wanted)
+            places = self._cores.take_when(self._wanted, again_s=self._gathers_s)
             if not places:
                 return
             claimed = (
@@ -211,16 +211,22 @@ class CutIn:
             if engine is None:
                 return
             finished: list[Finished] = []
+            started = time.monotonic()
             try:
                 finished = self._drawn(engine, image.weights, on_step, kind="idle", taken=release_claim)
             finally:
                 self._engines.give_back(engine)
+            now = time.monotonic()
+            self._queue.gather(len(finished), most=engine.numerics.batch, batch_s=now - started, now=now)
             # Only now: who gets the answer and asks again at once finds the engine free, and loads no other.
             self._encode(finished)
         finally:
             release_claim()
             self._queue.charge(self._cores.wanted_s() - wanted_s)
             self._cores.give_back(places)
+
+    def _gathers_s(self) -> float | None:
+        return self._queue.gathers_s(now=time.monotonic()) or None
 
     def _wanted(self) -> int:
         """How many cores the next thing to do needs, 0 where there is none, -1 when nothing more will come."""
@@ -234,6 +240,8 @@ class CutIn:
             if self._to_warm is None or len(self._queue) or cores.wanted or cores.free < cores.total:
                 return 0
             return min(self._to_warm[1].threads, cores.total)
+        if self._gathers_s() and not cores.wanted:
+            return 0
         if not self._drawing.has_room() or (cores.wanted and not self._queue.may_cut_in()):
             return 0
         return min(image.hand.portion.numerics.threads, cores.total)

@@ -23,6 +23,10 @@ BURST_S = 10.0
 """Seconds that urgent images may take before that begins to count."""
 LOOK = 4
 """So many times a batch is taken from the queue at once, since some may not share a batch once their tokens are known."""
+GATHER_S = 0.03
+GATHER_SHARE = 0.1
+"""After a batch its clients are waited for, so long at most and for such a share of the batch's own seconds: who
+draws in a loop is back by then. Without it whoever waits already is drawn alone, and the others again without him."""
 DROPPED_KEPT = 10_000
 """Portions that were dropped before they came, and are refused when they do."""
 
@@ -117,6 +121,7 @@ class UrgentQueue:
         self._turns: dict[str, int] = {}
         self._turn = count(1)
         self._numbers = count()
+        self._gathering: tuple[int, float] = 0, 0.0
         self._closed: FarmError | None = None
         self._dropped: OrderedDict[str, None] = OrderedDict()
         self.ticks = 0
@@ -282,6 +287,17 @@ class UrgentQueue:
         with self.changed:
             for image in images:
                 image.hand.engine_s += seconds / len(images)
+
+    def gather(self, images: int, *, most: int, batch_s: float, now: float) -> None:
+        """A batch of so many images is done, in so many seconds; the next may have `most`."""
+        with self.changed:
+            enough = min(most, len(self._waiting) + images)
+            self._gathering = enough, now + min(GATHER_S, GATHER_SHARE * batch_s)
+
+    def gathers_s(self, *, now: float) -> float:
+        """For how many seconds more images are worth waiting for; 0 once there are enough."""
+        enough, until = self._gathering
+        return max(0.0, until - now) if len(self._waiting) < enough else 0.0
 
     def settle(self, image: UrgentImage, drawn: Drawn, answer: Callable[[InHand], Answer]) -> None:
         """An image is ready, or has failed for good; the last one of its portion gives the answer."""

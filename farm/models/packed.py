@@ -20,12 +20,9 @@ class _Gated(Protocol):
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this machine gains by it: float32 on an x86 CPU, with oneDNN in torch."""
-    return (
-        device.type == "cpu"
-        and dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    )
+    capability: str = torch.backends.cpu.get_cpu_capability()
+    plain = device.type == "cpu" and dtype == torch.float32
+    return plain and torch.backends.mkldnn.is_available() and capability.startswith("AVX")
 
 
 def pack_block(block: Any) -> None:

@@ -150,15 +150,15 @@ def test_a_killed_haproxy_and_a_killed_gateway_come_back(terminal):
     for name in ("haproxy", "ray::ServeReplica"):
         victim = find(up.process, name)[0]
         end(victim.pid)
-
-        def answers() -> bool:
-            try:
-                return up.get("/healthz")[0] == 200
-            except OSError:
-                return False
-
-        until(lambda victim=victim: not alive(victim) and answers(), seconds=60)
+        until(lambda victim=victim: not alive(victim) and answers(up), seconds=60)
     terminal.run("down")
+
+
+def answers(up: Up) -> bool:
+    try:
+        return up.get("/healthz")[0] == 200
+    except OSError:
+        return False
 
 
 def test_while_no_gateway_lives_the_refusal_is_in_the_apis_own_shape(terminal):
@@ -171,12 +171,15 @@ def test_while_no_gateway_lives_the_refusal_is_in_the_apis_own_shape(terminal):
     seen: list[tuple[int, str]] = []
 
     def refused() -> bool:
-        seen.append(up.get("/healthz"))
+        try:
+            seen.append(up.get("/healthz"))
+        except OSError:
+            return False  # HAProxy had not yet noticed, and brought it to those that are gone
         return seen[-1][0] == 503
 
     until(refused, seconds=20)
     assert json.loads(seen[-1][1])["error"]["code"] == "farm_unavailable"
-    until(lambda: up.get("/healthz")[0] == 200, seconds=60)
+    until(lambda: answers(up), seconds=60)
     terminal.run("down")
 
 

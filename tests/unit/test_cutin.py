@@ -682,6 +682,29 @@ def test_images_that_wait_are_spread_over_the_cores_of_a_cpu(fakes: list[FakeFam
     device.cutin.close(RendererDiedError("over"))
 
 
+def test_who_comes_back_after_a_batch_is_drawn_together_with_who_waited(
+    device: Device, fakes: list[FakeFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("farm.urgent.GATHER_S", 60.0)
+    monkeypatch.setattr("farm.urgent.GATHER_SHARE", 1e6)
+    drawing, go_on = threading.Event(), threading.Event()
+
+    def hold(specs: Sequence[ImageSpec]) -> None:
+        drawing.set()
+        go_on.wait(10)
+
+    TROUBLE[0] = hold
+    device.cutin.start()
+    first = device.draw(portion("a", 2))
+    assert drawing.wait(10)
+    waiting = device.draw(portion("b"))
+    go_on.set()
+    first.result(10)
+    device.draw(portion("c", 2)).result(10)
+    waiting.result(10)
+    assert [len(batch) for batch in fakes[0].denoised] == [2, 3]
+
+
 def test_encoding_keeps_no_device(device: Device, fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from farm.urgentdrawing import encode_picture as real
 

@@ -9,7 +9,7 @@ from farm.engine import weights_of
 from farm.errors import CancelledError, ModelCardError, RendererDiedError
 from farm.manifest import Output
 from farm.portion import Answer, Drawn, Portion
-from farm.urgent import InHand, Share, UrgentImage, UrgentQueue
+from farm.urgent import GATHER_S, InHand, Share, UrgentImage, UrgentQueue
 from tests.drawing import card, numerics, spec
 
 WEIGHTS = weights_of(card(), numerics())
@@ -251,6 +251,30 @@ def test_shards_keep_a_fifth_of_the_device_under_urgent_work_without_end(batch_s
         bulk += 0.05
     assert bulk >= 0.2 * (urgent + bulk - 10.0 - batch_s)
     assert urgent >= 0.7 * (urgent + bulk) - batch_s
+
+
+def test_after_a_batch_its_clients_are_waited_for_until_there_are_enough_or_they_take_too_long() -> None:
+    waiting = queue()
+    waiting.put(portion("a"), now=0.0)
+    waiting.gather(3, most=8, batch_s=0.2, now=10.0)
+    assert waiting.gathers_s(now=10.005) == pytest.approx(0.015)  # a tenth of the batch's seconds
+    waiting.put(portion("b", 2), now=10.01)
+    assert waiting.gathers_s(now=10.01) > 0
+    waiting.put(portion("c"), now=10.015)
+    assert waiting.gathers_s(now=10.015) == 0  # all are back
+    waiting.gather(3, most=8, batch_s=60.0, now=20.0)
+    assert waiting.gathers_s(now=20.0) == pytest.approx(GATHER_S)
+    assert waiting.gathers_s(now=20.0 + GATHER_S) == 0
+
+
+def test_nobody_is_waited_for_where_a_batch_is_full_or_one_client_asks_again() -> None:
+    waiting = queue()
+    waiting.gather(1, most=8, batch_s=60.0, now=0.0)
+    waiting.put(portion("a"), now=0.001)
+    assert waiting.gathers_s(now=0.001) == 0
+    waiting.put(portion("b", 3), now=0.001)
+    waiting.gather(4, most=4, batch_s=60.0, now=1.0)
+    assert waiting.gathers_s(now=1.0) == 0
 
 
 def test_an_empty_queue_cuts_in_nowhere() -> None:
