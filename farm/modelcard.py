@@ -52,17 +52,55 @@ class ParamOverrides(Card):
     guidance_scale: float | None = Field(default=None, ge=0)
 
 
+class Preset(ParamOverrides):
+    """Parameters under a name."""
+
+    warning: str | None = Field(default=None, description="said to whoever uses it: where it contradicts the model's authors")
+
+
 class Source(Card):
-    """Where the weights are, in diffusers' folder layout: a folder, or a hub id with a pinned revision."""
+    """Where the weights are, in diffusers' folder layout: a folder, a hub id with a pinned revision, or a prefix in a bucket."""
 
     path: str | None = Field(
         default=None,
         description="folder; relative to the card's file, or package:NAME/FOLDER inside an installed package",
     )
     hub: str | None = Field(default=None, description="hub id")
+    s3: str | None = Field(default=None, description="s3://bucket/prefix, copied to each node once")
     revision: str | None = Field(
         default=None, description="commit, tag or branch of the hub id; in a plan what `pinned` found"
     )
+
+    @property
+    def given(self) -> str | None:
+        """Whichever of the places is written."""
+        return self.path or self.hub or self.s3
+
+
+class WeightsFile(Source):
+    """One file of weights that lies elsewhere than the model: a quantised denoiser, an adapter."""
+
+    file: str = Field(min_length=1, description="name of the file below its folder, hub id or prefix")
+
+
+class Denoiser(WeightsFile):
+    """A denoiser in one file, in place of the source's own."""
+
+    format: Literal["gguf", "safetensors"]
+
+
+class Adapter(WeightsFile):
+    """A LoRA adapter, active in every picture of this card."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
+    weight: float = 1.0
+
+
+class Scheduler(Card):
+    """How a denoising step is taken: a scheduler of diffusers, set up as the source's own but for `options`."""
+
+    name: Literal["flow-euler", "flow-heun", "flow-dpm++", "flow-unipc"]
+    options: dict[str, bool | int | float | str | None] = {}
 
 
 class SizeLimits(Card):
@@ -80,9 +118,22 @@ class ModelCard(Card):
 
     name: str
     title: str
-    family: Literal["z-image", "sleep"] = Field(description="which code in farm/models/ runs it")
+    family: Literal["z-image", "qwen-image", "newbie", "diffusers", "sleep"] = Field(
+        description="which code in farm/models/ runs it"
+    )
     source: Source
+    denoiser: Denoiser | None = Field(default=None, description="in place of the source's own")
+    decoder: Source | None = Field(default=None, description="a VAE in a folder of its own, in place of the source's")
+    quantise: dict[Literal["encoder", "denoiser"], Literal["nf4", "int8"]] = Field(
+        default={}, description="parts that are quantised as they are loaded on a GPU, by bitsandbytes"
+    )
+    adapters: tuple[Adapter, ...] = ()
+    scheduler: Scheduler | None = Field(default=None, description="in place of the source's own")
+    options: dict[str, bool | int | float | str] = Field(
+        default={}, description="what only this family has; each family names its own"
+    )
     licence: str
+    licence_warning: str | None = Field(default=None, description="said to whoever renders with it")
     dtypes: dict[Literal["cuda", "cpu"], tuple[Literal["float32", "bfloat16", "float16"], ...]]
     batch: dict[Literal["cuda", "cpu"], int] = Field(description="images per batch of one shape")
     cpu_threads: int | None = Field(
@@ -95,7 +146,10 @@ class ModelCard(Card):
     limits: SizeLimits = SizeLimits()
     max_steps: int = Field(default=200, gt=0)
     max_sequence_length: int = Field(default=512, gt=0, description="prompt tokens kept")
-    presets: dict[str, ParamOverrides] = {}
+    presets: dict[str, Preset] = {}
+    negative_prompts: dict[str, str] = Field(
+        default={}, description="negative prompts by name; written as @NAME where one is asked for"
+    )
     seconds_per_image: dict[str, float] = Field(
         default={}, description="estimate at the defaults by device kind, where somebody measured one"
     )
@@ -112,8 +166,12 @@ class ModelCard(Card):
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
-        if self.family != "sleep" and (self.source.path is None) == (self.source.hub is None):
-            raise _fault("needs path or hub, and not both; name where the weights are", "source")
+        for name in ("source", "denoiser", "decoder"):
+            place: Source | None = getattr(self, name)
+            if place is None or (self.family == "sleep" and name == "source"):
+                continue
+            if sum(given is not None for given in (place.path, place.hub, place.s3)) != 1:
+                raise _fault("needs one of path, hub and s3; name where the weights are", name)
         for device in self.dtypes:
             if device not in self.batch:
                 raise _fault(f"says nothing of {device}, which dtypes names; add it", "batch")
@@ -154,10 +212,13 @@ def load_card(path: Path) -> ModelCard:
         "source": tuple(Source.model_fields),
         "limits": tuple(SizeLimits.model_fields),
         "defaults": tuple(RenderParams.model_fields),
+        "denoiser": tuple(Denoiser.model_fields),
+        "decoder": tuple(Source.model_fields),
+        "scheduler": tuple(Scheduler.model_fields),
     }
     presets = document.data.get("presets")
     for preset in presets if isinstance(presets, dict) else ():
-        lists[f"presets.{preset}"] = tuple(ParamOverrides.model_fields)
+        lists[f"presets.{preset}"] = tuple(Preset.model_fields)
     card = validate(document, ModelCard, ModelCardError, field_lists=lists)
     if card.name != path.stem:
         raise ModelCardError(
@@ -287,7 +348,8 @@ def nearest_size(limits: SizeLimits, width: int, height: int) -> tuple[int, int]
 
 def merged(params: RenderParams, *overrides: ParamOverrides) -> RenderParams:
     """Return `params` with what the overrides set, a later one over an earlier."""
-    given = {name: value for layer in overrides for name, value in layer if value is not None}
+    names = type(params).model_fields
+    given = {name: value for layer in overrides for name, value in layer if value is not None and name in names}
     return params.model_copy(update=given) if given else params
 
 

@@ -127,11 +127,11 @@ def test_dot_files_and_dot_folders_are_no_part_of_the_revision(tmp_path: Path) -
     [
         ("licence: Apache-2.0\n", "", ":1: `licence` is missing; add it"),
         ("title: Mine", "titel: Mine", ":2: unknown key `titel`; did you mean title? (and 1 more)"),
-        ("{path: weights}", "{}", ":4: source: needs path or hub, and not both; name where the weights are"),
+        ("{path: weights}", "{}", ":4: source: needs one of path, hub and s3; name where the weights are"),
         (
             "{path: weights}",
             "{path: a, hub: b}",
-            ":4: source: needs path or hub, and not both; name where the weights are",
+            ":4: source: needs one of path, hub and s3; name where the weights are",
         ),
         (
             "{cpu: [float32]}",
