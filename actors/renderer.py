@@ -18,13 +18,14 @@ from farm.devices import local_device, numerics_for
 from farm.errors import FarmUnavailableError
 from farm.lease import Ask, Beat, Completion, GiveBack, Hello, Renewal, Reply
 from farm.ledger import Ledger
-from farm.modelcard import ModelCard, find_card, pinned
+from farm.modelcard import ModelCard, find_card
 from farm.plan import Numerics
 from farm.portion import Answer, Portion
 from farm.renderer import Renderer
 from farm.settings import Settings
 from farm.storage.opening import open_store
 from farm.tally import Snapshot
+from farm.weights import export, pinned
 
 T = TypeVar("T")
 
@@ -89,6 +90,7 @@ class RendererActor:
         log_to_stderr()
         self._lock = _own_device(settings)
         self._settings = settings
+        export(settings)
         machine = local_device()
         self._renderer = Renderer(
             name=name,
@@ -97,6 +99,7 @@ class RendererActor:
             device_name=machine.name,
             cores=cores,
             vram_gib=settings.vram_gib,
+            host_gib=settings.host_gib,
             ledger=Ledger(open_store(settings.store, settings)),
             link=DispatcherLink(),
             machine=machine,
@@ -143,7 +146,7 @@ class RendererActor:
 
 
 def _planned(model: str, settings: Settings, renderers: int) -> tuple[ModelCard, Numerics]:
-    card = pinned(find_card(model, settings))
+    card = pinned(find_card(model, settings), settings=settings)
     return card, numerics_for(card, device=local_device(), renderers=renderers)
 
 

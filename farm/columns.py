@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from farm.errors import PromptError
+from farm.errors import ManifestError, PromptError
 from farm.manifest import PromptFile
-from farm.modelcard import ModelCard, RenderParams, param_fault
+from farm.modelcard import ModelCard, RenderParams, negative_of, param_fault
 from farm.receipt import ImageRow
 from farm.sources import LINE_COLUMN, Chunk
 from farm.yamlfile import shown
@@ -26,6 +26,7 @@ Kind = Literal["text", "int", "float", "carried"]
 
 OVERRIDE = "override."
 CARRY = "carry."
+_NEGATIVE = f"{OVERRIDE}negative_prompt"
 _RECEIPT_COLUMNS = frozenset(field.name for field in dataclasses.fields(ImageRow))
 _PARAM_KINDS: dict[str, Kind] = {
     "negative_prompt": "text",
@@ -102,10 +103,24 @@ class Normaliser:
             array = array if pa.types.is_string(array.type) else _key_texts(array, column, chunk)
         elif column.kind == "carried":
             array = self._carried_as_before(array, column, chunk)
+        elif column.name == _NEGATIVE:
+            array = self._negatives(array, chunk)
         if array.null_count and not column.optional:
             row = int(np.flatnonzero(np.asarray(pc.is_null(array)))[0])
             raise PromptError(f"{chunk.where(row)}: `{column.source}` has no value; every row needs one")
         return array
+
+    def _negatives(self, array: pa.Array, chunk: Chunk) -> pa.Array:
+        """Put the card's negative prompts where rows name one."""
+        if not pc.any(pc.starts_with(array, "@")).as_py():
+            return array
+        values = array.to_pylist()
+        for row, text in enumerate(values):
+            try:
+                values[row] = text if text is None else negative_of(self._card, text)
+            except ManifestError as exc:
+                raise PromptError(f"{chunk.where(row)}: {exc.message}") from exc
+        return pa.array(values, pa.string())
 
     def _carried_as_before(self, array: pa.Array, column: Column, chunk: Chunk) -> pa.Array:
         if pa.types.is_null(array.type):

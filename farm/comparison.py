@@ -91,6 +91,15 @@ def _prompt_changes(
     return changes, difference
 
 
+def plan_differences(a: Plan, b: Plan) -> tuple[str, ...]:
+    """Return in what two plans' models, numerics and output differ; parameters are a picture's own, and none of this."""
+    return (
+        *_changes("model", card_identity(a.card), card_identity(b.card)),
+        *(f"numerics.{one}" for one in numerics_differences(a.numerics, b.numerics)),
+        *_changes("output", a.output.model_dump(), b.output.model_dump()),
+    )
+
+
 def numerics_differences(planned: Numerics, here: Numerics) -> tuple[str, ...]:
     """Return what differs, as `torch: 2.13.0 -> 2.14.0`. The number of renderers may change threads: that counts.
 

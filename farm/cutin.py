@@ -133,18 +133,23 @@ class CutIn:
 
     def _swapped(self, engine: Engine, current: Engine, image: UrgentImage, on_step: OnStep) -> Engine:
         """Have the weights of an image on the device in place of the current ones; those of the shard where that fails."""
+        found = None
         if image.weights != engine.weights:
-            current.unload()
-            current = self._loaded(image, on_step) or current
-        if not current.loaded or image.weights == engine.weights:
+            self._engines.leave(current)
+            found = self._loaded(image, on_step)
+        if found is None:
             self._back(engine, current, on_step)
             return engine
-        return current
+        if current is not engine:
+            self._engines.give_back(current)
+        return found
 
     def _back(self, engine: Engine, current: Engine, on_step: OnStep) -> None:
-        """Have a shard's own engine loaded again, and nothing else."""
-        if current.loaded:
-            current.unload()
+        """Have a shard's own engine loaded again where it had to leave, and on a GPU nothing else."""
+        if current is not engine:
+            self._engines.give_back(current)
+        if engine.loaded:
+            return
         self._ticking(on_step)(RenderStep(0, "load", 0, 1))
         started = time.perf_counter()
         self._engines.reload(engine)

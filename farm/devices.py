@@ -4,8 +4,10 @@ Knows nothing of Ray: whether a cluster has GPUs elsewhere is asked in `actors/c
 """
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
 from farm.errors import PlacementError
@@ -36,6 +38,33 @@ class DeviceInfo:
     name: str
     gpus: tuple[Gpu, ...]
     cores: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Main memory of this machine, or of the container that this process is in. `free_bytes`: what can be had now; files that
+    the system keeps in memory only to save reading them count as free."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def host_memory(cgroup: Path = CGROUP) -> HostMemory:
+    """Measure main memory, and the limit that a container (cgroup version 2) has of it."""
+    import psutil
+
+    found = psutil.virtual_memory()
+    total, free = int(found.total), int(found.available)
+    with suppress(OSError, ValueError):
+        limit = int((cgroup / "memory.max").read_text())  # "max", where there is no limit, is no number
+        used = int((cgroup / "memory.current").read_text())
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        total = min(total, limit)
+        free = min(free, max(0, limit - used + int(stat.get("inactive_file", 0))))
+    return HostMemory(total, free)
 
 
 def local_device() -> DeviceInfo:
@@ -72,6 +101,11 @@ def numerics_for(card: ModelCard, *, device: DeviceInfo, renderers: int) -> Nume
 def cores_each(device: DeviceInfo, renderers: int) -> int:
     """How many places a renderer has to render in: its share of the cores, or one on a GPU."""
     return max(1, device.cores // renderers) if device.kind == "cpu" else 1
+
+
+def renderers_on(device: DeviceInfo, cores: int) -> int:
+    """How many renderers, each with so many cores, there may be on a machine: one a GPU, else as many as share its cores."""
+    return len(device.gpus) or max(1, device.cores // max(1, cores))
 
 
 def default_renderers(device: DeviceInfo, *, stays: bool = False) -> int:

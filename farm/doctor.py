@@ -24,15 +24,16 @@ import psutil
 
 from farm.devices import BFLOAT16_CAPABILITY, DeviceInfo, local_device, numerics_for
 from farm.engine import Engine, Picture, RenderStep
-from farm.errors import FarmError, FarmUnavailableError, ModelCardError
+from farm.errors import FarmError, FarmUnavailableError
 from farm.exposure import check_certificate, endpoint_url, free_port, needs_no_key, refuse_exposure
 from farm.fonts import installed
 from farm.keys import list_keys
-from farm.modelcard import ModelCard, find_card, list_cards, source_folder
+from farm.modelcard import ModelCard, find_card, list_cards
 from farm.output import flag_of
 from farm.plan import ImageSpec
 from farm.settings import Settings
 from farm.storage.opening import open_store
+from farm.weights import are_here, missing_folder, sources_of
 from farm.whereabouts import living, note_file
 
 log = logging.getLogger(__name__)
@@ -99,20 +100,9 @@ def examine(settings: Settings, *, render: bool = True) -> Iterator[Check]:
             yield Check(name, "fail", f"{type(error).__name__}: {said}", "run farm doctor -v for the traceback")
 
 
-def weights_of(card: ModelCard) -> Literal["here", "not here"]:
-    """Say whether a model's weights are on this machine, as a folder or in the hub's cache."""
-    if card.family == "sleep":
-        return "here"
-    if card.source.hub is None:
-        try:
-            source_folder(card.source)
-        except ModelCardError:
-            return "not here"
-        return "here"
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(card.source.hub, "model_index.json", revision=card.source.revision)
-    return "here" if isinstance(found, str) else "not here"
+def weights_of(card: ModelCard, settings: Settings) -> Literal["here", "not here"]:
+    """Say whether all of a model's weights are on this machine: as a folder, in the hub's cache or as a bucket's copy."""
+    return "here" if are_here(card, settings=settings) else "not here"
 
 
 def _python() -> Iterator[Check]:
@@ -271,13 +261,15 @@ def _fonts() -> Iterator[Check]:
 
 def _models(settings: Settings) -> Iterator[Check]:
     for card in list_cards(settings):
-        if weights_of(card) == "here":
+        if weights_of(card, settings) == "here":
             yield Check("models", "ok", f"{card.name}: {card.title}")
-        elif card.source.hub is None:
-            yield Check("models", "warn", f"{card.name}: {card.source.path} is not there", "put the weights there")
+            continue
+        missing = missing_folder(card)
+        if missing is not None:
+            yield Check("models", "warn", f"{card.name}: {missing} is not there", "put the weights there")
         else:
-            where = card.source.hub
-            yield Check("models", "ok", f"{card.name}: not here yet; the first render fetches {where}")
+            fetched = ", ".join(str(source.given) for source in sources_of(card).values() if source.path is None)
+            yield Check("models", "ok", f"{card.name}: not here yet; the first render fetches {fetched}")
 
 
 def _test_render(settings: Settings, device: DeviceInfo) -> Iterator[Check]:

@@ -9,13 +9,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from farm.errors import CancelledError, FarmError, NumericsError, RenderError
-from farm.modelcard import ModelCard
+from farm.modelcard import ModelCard, Source
 from farm.models.family import Embedding, Family, Tokens, Within, open_family
+from farm.models.memory import Memory, memory_of
 from farm.plan import ImageSpec, Numerics
 
 CACHE_BYTES = 512 * 2**20
@@ -77,10 +78,14 @@ BetweenSteps = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What two renders must share to be drawn with one loaded model. The batch may differ."""
+    """What two renders must share to be drawn with one loaded model. The batch may differ.
+
+    `parts`: what the card has besides its source: a denoiser, a decoder, quantisation, adapters, a scheduler, options.
+    """
 
     family: str
     source: str
+    parts: tuple[str, ...]
     max_sequence_length: int
     device: str
     dtype: str
@@ -90,16 +95,29 @@ class Weights:
 
 def weights_of(card: ModelCard, numerics: Numerics) -> Weights:
     """Return what a card's images are drawn with; where the revision is known the path has no part in it."""
-    source = card.source
+    named: dict[str, Any] = {"denoiser": card.denoiser, "decoder": card.decoder, "scheduler": card.scheduler}
+    named |= {f"quantise.{part}": how for part, how in sorted(card.quantise.items())}
+    named |= {f"adapters.{adapter.name}": adapter for adapter in card.adapters}
+    named |= {f"options.{name}": value for name, value in sorted(card.options.items())}
     return Weights(
         card.family,
-        f"{source.hub or ''}@{source.revision or source.path or ''}",
+        _identity(card.source),
+        tuple(f"{name} {_identity(value)}" for name, value in named.items() if value is not None),
         card.max_sequence_length,
         numerics.device,
         numerics.dtype,
         numerics.threads,
         tuple(sorted(numerics.versions.items())),
     )
+
+
+def _identity(value: object) -> str:
+    """A source by its revision where that is known, so that a copy elsewhere is the same; anything else as it is written."""
+    if not isinstance(value, Source):
+        return repr(value)
+    place = f"{value.hub or ''}@{value.revision or value.given or ''}"
+    own = {name: getattr(value, name) for name in type(value).model_fields if name not in Source.model_fields}
+    return f"{place} {own}" if own else place
 
 
 def check_numerics(numerics: Numerics, *, device: str) -> None:
@@ -138,6 +156,7 @@ class Engine:
         self.numerics = numerics
         self.weights = weights_of(card, numerics)
         self.loaded = False
+        self.parked = False
         self._device = device
         self._vram_gib = vram_gib
         self._family = family or open_family(card, numerics, device=device, vram_gib=vram_gib)
@@ -150,12 +169,24 @@ class Engine:
         started = time.perf_counter()
         self._family.load()
         self._family.synchronize()
-        self.loaded = True
+        self.loaded, self.parked = True, False
         return time.perf_counter() - started
+
+    @property
+    def host_bytes(self) -> int:
+        """What its weights and the embeddings kept take in host memory."""
+        return self._family.host_bytes + self._cache.nbytes
+
+    def park(self) -> bool:
+        """Leave the device and keep the weights in host memory, so that `load` is a copy; returns False where none are there."""
+        if not self._family.park():
+            return False
+        self.loaded, self.parked = False, True
+        return True
 
     def unload(self) -> None:
         """Let go of weights, embeddings and device memory."""
-        self.loaded = False
+        self.loaded = self.parked = False
         self._inside = None
         self._cache.clear()
         self._family.unload()
@@ -179,6 +210,10 @@ class Engine:
             within == "encoded" and all(tokens in self._cache for tokens in (*batch.positive, *batch.negative))
         )
 
+    def memory(self) -> Memory:
+        """Return what this process holds for the engine's device; from any thread."""
+        return memory_of(self._device)
+
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it."""
         self._family.synchronize()
@@ -198,12 +233,14 @@ class Engine:
         for spec in specs:
             params = spec.params
             positive = self._tokens(spec.prompt, tokens)
-            negative = self._tokens(params.negative_prompt, tokens) if params.guidance_scale > 0 else None
+            guided = self._family.guided(params)
+            negative = self._tokens(params.negative_prompt, tokens) if guided else None
             shape = (
                 params.width,
                 params.height,
                 params.num_inference_steps,
                 params.guidance_scale,
+                guided,
                 self._family.bucket(positive, negative),
             )
             groups.setdefault(shape, []).append(spec)
@@ -212,7 +249,7 @@ class Engine:
                 tuple(some),
                 tuple(tokens[spec.prompt] for spec in some),
                 tuple(tokens[spec.params.negative_prompt] for spec in some)
-                if some[0].params.guidance_scale > 0
+                if self._family.guided(some[0].params)
                 else (),
             )
             for group in groups.values()

@@ -349,7 +349,10 @@ class Ledger:
             return None
 
     def put_profile(self, profile: Profile) -> None:
+        """Write what was measured. A job's leaves the stages that a benchmark measured as they are."""
         key = profile_key(profile.model, profile.device)
+        if profile.stages is None and (known := self.profile(profile.model, profile.device)) is not None:
+            profile = profile.model_copy(update={"stages": known.stages})
         self.store.put(key, profile.model_dump_json().encode(), content_type=_JSON)
 
     def profile(self, model: str, device: str) -> Profile | None:

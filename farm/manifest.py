@@ -1,7 +1,7 @@
 """A manifest: the YAML a person writes to say what to render.
 
-Owns its schema and how a file becomes a record. Knows what stands in the file and nothing else: whether the model
-exists, a size fits it, or a prompt file can be read is found out where those are opened.
+Owns its schema and how a file becomes a record. Knows what stands in the file, and in those that it includes, and nothing
+else: whether the model exists, a size fits it, or a prompt file can be read is found out where those are opened.
 """
 
 import io
@@ -29,6 +29,7 @@ from pydantic_core import PydanticCustomError
 from farm.errors import ManifestError
 from farm.modelcard import ParamOverrides
 from farm.moment import moment
+from farm.scenefile import INCLUDED, Reader, ReadUrl, has_scenes, included, with_texts
 from farm.yamlfile import Document, Loc, did_you_mean, read_yaml, shown, validate
 
 MAX_SEED = 2**32 - 1
@@ -198,7 +199,7 @@ class Manifest(Section):
 
     name: str = Field(description=f"the job's name: {NAME_RULE}")
     model: Text = Field(description="a model card's name")
-    prompts: Prompts = Field(description="a list, {file, ...} or {template, ...}")
+    prompts: Prompts = Field(description="a list of texts and scenes, {file, ...} or {template, ...}")
     seeds: Seeds = Field(default=SeedCount(), description="{count, from} or a list; -1 in it is drawn once")
     preset: Text | None = Field(default=None, description="one of the card's")
     params: ParamOverrides = Field(default=ParamOverrides(), description="over the preset")
@@ -285,15 +286,37 @@ class LoadedManifest:
     document: Document
 
 
-def load_manifest(path: str | Path) -> LoadedManifest:
-    """Read and validate a manifest file; paths in it come out absolute. Raises ManifestError with file and line."""
-    loaded = manifest_of(read_yaml(path, ManifestError, what="manifest"))
-    manifest = _with_absolute_files(loaded.manifest, Path(path).absolute().parent)
-    return LoadedManifest(manifest=manifest, document=loaded.document)
+def load_manifest(path: str | Path, *, read_url: ReadUrl | None = None) -> LoadedManifest:
+    """Read and validate a manifest file; paths in it come out absolute. Raises ManifestError with file and line.
+
+    `read_url`: reads the s3:// URLs that it includes; without, such are refused.
+    """
+    return manifest_in(read_yaml(path, ManifestError, what="manifest"), Path(path).absolute().parent, read_url=read_url)
 
 
-def manifest_of(document: Document) -> LoadedManifest:
-    """Validate a document; files that it names stay as they stand there. Raises ManifestError."""
+def manifest_in(document: Document, folder: Path, *, read_url: ReadUrl | None = None) -> LoadedManifest:
+    """Validate a document whose files are relative to a folder, and come out absolute. Raises ManifestError."""
+
+    def read(file: str, loc: Loc) -> Document:
+        if file.startswith("s3://"):
+            return included(file, document.where(loc), read_url)
+        if "://" in file:
+            raise ManifestError(
+                f"{document.where(loc)}: include: is read from files and s3:// alone, got {shown(file)}; download it"
+            )
+        return read_yaml(folder / Path(file).expanduser(), ManifestError, what=INCLUDED)
+
+    loaded = manifest_of(document, read_included=read)
+    return LoadedManifest(manifest=_with_absolute_files(loaded.manifest, folder), document=loaded.document)
+
+
+def manifest_of(document: Document, *, read_included: Reader | None = None) -> LoadedManifest:
+    """Validate a document; files of prompts and values that it names stay as they stand there. Raises ManifestError.
+
+    `read_included`: reads what it includes; without, an include is refused.
+    """
+    if has_scenes(document):
+        document = with_texts(document, read_included or _refuse_included)
     manifest = validate(document, Manifest, ManifestError, other_names=OTHER_NAMES, field_lists=_FIELD_LISTS)
     return LoadedManifest(manifest=manifest, document=document)
 
@@ -351,11 +374,14 @@ OTHER_NAMES = {
     **dict.fromkeys(("preview", "trial", "dry_run", "test_images", "pilots"), "it is called pilot, at the top"),
     **dict.fromkeys(("prio", "urgency"), "it is called priority, at the top"),
     **dict.fromkeys(("owner", "user", "submitted_by"), "the owner is a setting: FARM_OWNER"),
+    **dict.fromkeys(
+        ("characters", "general_tags", "scene", "scenes"), "a scene is an item of a list: prompts: [{characters: ...}]"
+    ),
     **dict.fromkeys(("output_dir", "outdir", "out"), "the store is a setting: FARM_STORE or --store"),
 }
 
 _FIELD_LISTS: dict[str, tuple[str, ...]] = {
-    "": tuple(Manifest.model_fields),
+    "": (*Manifest.model_fields, "include"),
     "prompts": (*PromptFile.model_fields, *PromptTemplate.model_fields),
     "prompts.per_row": get_args(ParamName),
     "seeds": ("count", "from", "root"),
@@ -402,6 +428,10 @@ def _refuse_doubles(values: tuple[Any, ...], *at: str | int, may_repeat: Any = N
 def _fault(text: str, *at: str | int) -> PydanticCustomError:
     """Return an error for pydantic that lies at a place below the one being validated."""
     return PydanticCustomError("farm", "{text}", {"text": text, "at": at})
+
+
+def _refuse_included(file: str, _loc: Loc) -> Document:
+    raise ManifestError(f"include: files cannot be read from here, got {shown(file)}; write the characters out")
 
 
 def _with_absolute_files(manifest: Manifest, folder: Path) -> Manifest:

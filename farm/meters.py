@@ -53,7 +53,7 @@ METERS: dict[str, Meter] = {
         Meter(
             "farm_model_load_seconds",
             "histogram",
-            "Seconds to load a model; kind: load, or swap where another model made room.",
+            "Seconds until a model is on the device; kind: load from files, or swap from host memory, where it was kept.",
             ("model", "kind"),
             LOAD_BUCKETS_S,
         ),

@@ -1,26 +1,27 @@
 """Model cards: what a model is, where its weights lie, what it may be asked for, and its presets.
 
 A card is YAML in `manifests/models/` (in an installed farm: `farm/cards/`) or in a folder of the user's own
-(`FARM_MODELS`), which is searched first; the file's name is the card's name. Knows nothing of torch: whether a card's
-weights load is found out where they are loaded.
+(`FARM_MODELS`), which is searched first; the file's name is the card's name. Knows nothing of torch or of files of weights:
+whether a card's weights are there and load is found out where they are loaded.
 """
 
-import hashlib
-import importlib.util
 import math
-from pathlib import Path
-from typing import Any, Literal, Self
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from farm.errors import ModelCardError, UnknownModelError
-from farm.hub import commit_of
+from farm.errors import ManifestError, ModelCardError, UnknownModelError
+from farm.families import FAMILIES, option_fault
 from farm.settings import Settings
 from farm.yamlfile import did_you_mean, read_yaml, shown, validate
 
-_PACKAGE = "package:"
-_WHOLE_FILE_BYTES = 64 * 2**20
+PACKAGE = "package:"
+"""How a path begins that lies inside an installed package."""
+_BUCKET_URL = re.compile(r"s3://[^/]+(/.*)?")
 
 HOW_TO_ADD = " (FARM_MODELS names a folder of more)"
 """How a message ends for who may set this machine's settings; the endpoint leaves it out."""
@@ -52,10 +53,15 @@ class ParamOverrides(Card):
     guidance_scale: float | None = Field(default=None, ge=0)
 
 
+AnyOverrides = TypeVar("AnyOverrides", RenderParams, ParamOverrides, "Preset")
+
+
 class Preset(ParamOverrides):
     """Parameters under a name."""
 
-    warning: str | None = Field(default=None, description="said to whoever uses it: where it contradicts the model's authors")
+    warning: str | None = Field(
+        default=None, description="said to whoever uses it: where it contradicts the model's authors"
+    )
 
 
 class Source(Card):
@@ -166,21 +172,64 @@ class ModelCard(Card):
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
-        for name in ("source", "denoiser", "decoder"):
-            place: Source | None = getattr(self, name)
-            if place is None or (self.family == "sleep" and name == "source"):
-                continue
-            if sum(given is not None for given in (place.path, place.hub, place.s3)) != 1:
-                raise _fault("needs one of path, hub and s3; name where the weights are", name)
+        for at, source in self._sources():
+            _check_source(at, source, nowhere=self.family == "sleep" and at == ("source",))
         for device in self.dtypes:
             if device not in self.batch:
                 raise _fault(f"says nothing of {device}, which dtypes names; add it", "batch")
+        self._check_family()
         if fault := param_fault(self, self.defaults):
             raise _fault(fault.text, "defaults", fault.name)
         for name, preset in self.presets.items():
             if fault := param_fault(self, merged(self.defaults, preset)):
                 raise _fault(fault.text, "presets", name, fault.name)
+        negatives = [("defaults", self.defaults.negative_prompt)]
+        negatives += [(f"presets.{name}", preset.negative_prompt or "") for name, preset in self.presets.items()]
+        for place, text in negatives:
+            try:
+                negative_of(self, text)
+            except ManifestError as exc:
+                said = exc.message.removeprefix("negative_prompt ")
+                raise _fault(said, *place.split(".", 1), "negative_prompt") from exc
         return self
+
+    def _sources(self) -> Iterator[tuple[tuple[str | int, ...], Source]]:
+        yield ("source",), self.source
+        for name, source in (("denoiser", self.denoiser), ("decoder", self.decoder)):
+            if source is not None:
+                yield (name,), source
+        for number, adapter in enumerate(self.adapters):
+            yield ("adapters", number), adapter
+
+    def _check_family(self) -> None:
+        """Refuse what the family does not know, which would be passed over without a word."""
+        takes = FAMILIES[self.family]
+        for name, given, taken in (
+            ("denoiser", self.denoiser, takes.denoiser),
+            ("decoder", self.decoder, takes.decoder),
+            ("adapters", self.adapters, takes.adapters),
+            ("scheduler", self.scheduler, takes.scheduler),
+        ):
+            if given and not taken:
+                raise _fault(f"the family {self.family} takes none; leave it out", name)
+        if self.denoiser is not None:
+            if self.denoiser.format not in takes.denoiser:
+                known = ", ".join(takes.denoiser)
+                raise _fault(f"the family {self.family} reads {known}; take such a file", "denoiser", "format")
+            if "denoiser" in self.quantise and self.denoiser.format == "gguf":
+                raise _fault(
+                    "the denoiser is quantised already, in its GGUF file; leave it out", "quantise", "denoiser"
+                )
+        for part in self.quantise:
+            if part not in takes.quantise:
+                raise _fault(f"the family {self.family} does not quantise it; leave it out", "quantise", part)
+        names = [adapter.name for adapter in self.adapters]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise _fault(f"two adapters are called {name}; rename one", "adapters", number, "name")
+        for name, value in self.options.items():
+            if fault := option_fault(self.family, name, value):
+                raise _fault(fault, "options", name)
 
 
 class ParamFault(Card):
@@ -205,7 +254,7 @@ def list_cards(settings: Settings) -> list[ModelCard]:
 
 
 def load_card(path: Path) -> ModelCard:
-    """Read one card file; a relative `source.path` comes out absolute. Raises ModelCardError with file and line."""
+    """Read one card file; a relative `path` of a source comes out absolute. Raises ModelCardError with file and line."""
     document = read_yaml(path, ModelCardError, what="model card")
     lists = {
         "": tuple(ModelCard.model_fields),
@@ -215,6 +264,7 @@ def load_card(path: Path) -> ModelCard:
         "denoiser": tuple(Denoiser.model_fields),
         "decoder": tuple(Source.model_fields),
         "scheduler": tuple(Scheduler.model_fields),
+        "adapters": tuple(Adapter.model_fields),
     }
     presets = document.data.get("presets")
     for preset in presets if isinstance(presets, dict) else ():
@@ -225,76 +275,17 @@ def load_card(path: Path) -> ModelCard:
             f"{document.where(('name',))}: the card is called {shown(card.name)} and its file {path.name}; "
             f"call the file {card.name}.yaml"
         )
-    where = card.source.path
-    if where is None or where.startswith(_PACKAGE):
-        return card
-    absolute = str((path.absolute().parent / Path(where).expanduser()).resolve())
-    return card.model_copy(update={"source": card.source.model_copy(update={"path": absolute})})
+    folder = path.absolute().parent
+    found: dict[str, object] = {"source": _absolute(card.source, folder)}
+    found |= {name: _absolute(part, folder) for name in ("denoiser", "decoder") if (part := getattr(card, name))}
+    found["adapters"] = tuple(_absolute(adapter, folder) for adapter in card.adapters)
+    return card.model_copy(update=found)
 
 
-def source_folder(source: Source) -> Path | None:
-    """Return the folder of the weights on this machine, None for a hub id. Raises ModelCardError if it is not there."""
-    if source.path is None:
-        return None
-    folder = Path(source.path)
-    if source.path.startswith(_PACKAGE):
-        package, _, inside = source.path.removeprefix(_PACKAGE).partition("/")
-        try:
-            spec = importlib.util.find_spec(package)
-        except ModuleNotFoundError:
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelCardError(
-                f"source.path {source.path}: there is no package {package}; install it, or mend the card"
-            )
-        folder = Path(spec.submodule_search_locations[0]) / inside
-    if not folder.is_dir():
-        raise ModelCardError(
-            f"source.path {source.path}: {folder} is not a folder; put the weights there, or mend the card"
-        )
-    return folder
-
-
-def pinned(card: ModelCard) -> ModelCard:
-    """Return the card with the `source.revision` that its weights have now: a hub id's commit, or a folder's digest.
-
-    The digest is over names, sizes and contents of what lies in the folder, but for dot files and dot folders; of a file
-    above 64 MiB only the first and the last MiB are read, so that planning is quick. Raises ModelCardError.
-    """
-    source = card.source
-    if source.hub is not None:
-        commit = commit_of(card.name, source.hub, source.revision)
-        return card.model_copy(update={"source": source.model_copy(update={"revision": commit})})
-    folder = source_folder(source)
-    if folder is None:
-        return card
-    digest = hashlib.sha256()
-    try:
-        for file in _visible_files(folder):
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(folder).as_posix()}\0{size}\0".encode())
-            with file.open("rb") as data:
-                if size <= _WHOLE_FILE_BYTES:
-                    digest.update(data.read())
-                else:
-                    digest.update(data.read(2**20))
-                    data.seek(-(2**20), 2)
-                    digest.update(data.read())
-    except OSError as exc:
-        raise ModelCardError(
-            f"{exc.filename}: cannot be read: {exc.strerror}; check the weights of {card.name}"
-        ) from exc
-    revision = f"sha256:{digest.hexdigest()}"
-    return card.model_copy(update={"source": source.model_copy(update={"revision": revision})})
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    """Files below a folder, sorted; not what editors, git and the hub's client keep under names with a dot."""
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
+def _absolute(source: Source, folder: Path) -> Source:
+    if source.path is None or source.path.startswith(PACKAGE):
+        return source
+    return source.model_copy(update={"path": str((folder / Path(source.path).expanduser()).resolve())})
 
 
 def param_fault(card: ModelCard, params: RenderParams) -> ParamFault | None:
@@ -353,7 +344,52 @@ def merged(params: RenderParams, *overrides: ParamOverrides) -> RenderParams:
     return params.model_copy(update=given) if given else params
 
 
-def _fault(text: str, *at: str) -> PydanticCustomError:
+def negative_of(card: ModelCard, text: str) -> str:
+    """Return the negative prompt that a text stands for: `@NAME` is the card's of that name, `@@` begins with one @.
+
+    Raises ManifestError, which says no place, where the card has none of that name.
+    """
+    if not text.startswith("@"):
+        return text
+    name = text[1:]
+    if name.startswith("@"):
+        return name
+    if name in card.negative_prompts:
+        return card.negative_prompts[name]
+    known = ", ".join(f"@{known}" for known in card.negative_prompts) or "none"
+    near = did_you_mean(name, list(card.negative_prompts)).replace("did you mean ", "did you mean @")
+    raise ManifestError(
+        f"negative_prompt {shown(text)}: {card.name} has no negative prompt of that name{near or f'; it has {known}'} "
+        "(@@ begins a text with an @)"
+    )
+
+
+def resolved(card: ModelCard, overrides: AnyOverrides) -> AnyOverrides:
+    """Return parameters with the negative prompt itself where they name one of the card's. Raises ManifestError."""
+    text = overrides.negative_prompt
+    if text is None or not text.startswith("@"):
+        return overrides
+    return overrides.model_copy(update={"negative_prompt": negative_of(card, text)})
+
+
+def _check_source(at: tuple[str | int, ...], source: Source, *, nowhere: bool) -> None:
+    """Raise a fault of one source; `nowhere`: it may name no place."""
+    given = [place for place in (source.path, source.hub, source.s3) if place is not None]
+    if len(given) != 1 and not (nowhere and not given):
+        raise _fault("needs one of path, hub and s3; name where the weights are", *at)
+    if source.s3 is not None and not _BUCKET_URL.fullmatch(source.s3):
+        raise _fault(f"must be s3://bucket/prefix, got {shown(source.s3)}; mend it", *at, "s3")
+    if not isinstance(source, WeightsFile):
+        return
+    file = PurePosixPath(source.file)
+    if file.is_absolute() or ".." in file.parts:
+        raise _fault(f"must be a name below its folder, got {shown(source.file)}; mend it", *at, "file")
+    wanted = source.format if isinstance(source, Denoiser) else "safetensors"
+    if file.suffix != f".{wanted}":
+        raise _fault(f"must be a .{wanted} file, got {shown(source.file)}; name such a file", *at, "file")
+
+
+def _fault(text: str, *at: str | int) -> PydanticCustomError:
     return PydanticCustomError("farm", "{text}", {"text": text, "at": at})
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from farm.errors import ManifestError, NewerVersionError
 from farm.manifest import MAX_SEED, Manifest, Output
-from farm.modelcard import ModelCard, ParamOverrides, RenderParams, merged
+from farm.modelcard import ModelCard, ParamOverrides, RenderParams, Source, merged
 from farm.sweep import Template
 
 VERSION = 2
@@ -296,6 +296,27 @@ def card_identity(card: ModelCard) -> dict[str, Any]:
         "revision": source.revision,
         "path": None if source.revision else source.path,
         "max_sequence_length": card.max_sequence_length,
+        **{name: value for name, value in _other_weights(card).items() if value},
+    }
+
+
+def _other_weights(card: ModelCard) -> dict[str, Any]:
+    """What of a card is laid over its source, or set in its family; empty where it is nothing."""
+
+    def identity(source: Source) -> dict[str, Any]:
+        record = source.model_dump(mode="json", exclude_none=True)
+        if source.revision:
+            record.pop("path", None)
+            record.pop("s3", None)
+        return record
+
+    return {
+        "denoiser": card.denoiser and identity(card.denoiser),
+        "decoder": card.decoder and identity(card.decoder),
+        "quantise": dict(sorted(card.quantise.items())),
+        "adapters": [identity(adapter) for adapter in card.adapters],
+        "scheduler": card.scheduler and card.scheduler.model_dump(mode="json"),
+        "options": dict(sorted(card.options.items())),
     }
 
 

@@ -24,6 +24,7 @@ from farm.manifest import Manifest, PromptFile, PromptTemplate, VaryFile
 from farm.modelcard import ModelCard, ParamOverrides, RenderParams, merged
 from farm.plan import PART_ROWS, ImageSpec, Plan, PromptRow, PromptTable, canonical_digest
 from farm.rowhash import Hashes, column_hashes
+from farm.samples import Sampler, Samples, template_samples
 from farm.sources import LINE_COLUMN, Chunk, StoreOpener, find_files, read_chunks
 from farm.sweep import MAX_VALUES, Template, TemplatePrompts
 
@@ -42,6 +43,7 @@ class Frozen:
     table: PromptTable
     first: list[PromptRow]
     sizes: dict[tuple[int | None, int | None], int] = field(default_factory=dict)
+    samples: Samples = field(default_factory=Samples)
 
 
 def freeze(
@@ -65,12 +67,40 @@ def freeze(
     every = [merged(params, point) for point in points]
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompt-parts") as pool:
         writer = _PartWriter(sink, pool, keyed=manifest.keyed)
-        for _, table in _tables(manifest, card=card, params=every, open_store=open_store):
+        sampler = Sampler()
+        for chunk, table in _tables(manifest, card=card, params=every, open_store=open_store):
+            sampler.add(chunk, table, listed=isinstance(manifest.prompts, tuple))
             writer.add(table if known is None else known.without(table))
         frozen = writer.finish()
+        frozen.samples = sampler.samples
     if frozen.table.keyed and (doubled := writer.doubled_keys()) is not None:
         _refuse_doubled(manifest, doubled, card=card, params=every, open_store=open_store)
     return frozen
+
+
+def sample(
+    manifest: Manifest,
+    *,
+    card: ModelCard,
+    params: RenderParams,
+    points: Sequence[ParamOverrides],
+    open_store: StoreOpener,
+    most: int,
+) -> Samples:
+    """Return the first different prompts of a source, `most` of them, without reading what follows.
+
+    Raises ManifestError and PromptError.
+    """
+    if isinstance(manifest.prompts, PromptTemplate):
+        template = read_template(manifest.prompts, root=0, open_store=open_store)
+        return template_samples(TemplatePrompts(template), most)
+    sampler = Sampler(most)
+    every = [merged(params, point) for point in points]
+    for chunk, table in _tables(manifest, card=card, params=every, open_store=open_store):
+        sampler.add(chunk, table, listed=isinstance(manifest.prompts, tuple))
+        if sampler.full:
+            break
+    return sampler.samples
 
 
 def read_template(prompts: PromptTemplate, *, root: int, open_store: StoreOpener) -> Template:
@@ -194,7 +224,7 @@ def _freeze_template(template: Template) -> Frozen:
     for at, row in enumerate(first):
         if not row.prompt.strip():
             raise ManifestError(f"prompts.template: prompt {at} comes out empty; put text around its variables")
-    return Frozen(table=table, first=first, sizes={(None, None): rows})
+    return Frozen(table=table, first=first, sizes={(None, None): rows}, samples=template_samples(prompts))
 
 
 def _file_values(name: str, source: VaryFile, open_store: StoreOpener) -> tuple[str, ...]:

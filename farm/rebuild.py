@@ -6,6 +6,7 @@ failed. A receipt that does not parse counts by its presence: its shard is done,
 """
 
 import logging
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ from farm.errors import ObjectMissingError, RecordError
 from farm.lease import Check, Completion, Lease
 from farm.ledger import Ledger
 from farm.limits import limits_of
-from farm.plan import Plan, mean_work
+from farm.modelcard import merged
+from farm.plan import Plan
 from farm.prefetch import in_order
 from farm.receipt import Receipt
 from farm.records import device_seconds, standing
@@ -138,8 +140,7 @@ def _seconds_per_image(ledger: Ledger, plan: Plan) -> float | None:
     if not profiles:
         return plan.estimated_seconds_per_image
     last = max(profiles, key=lambda profile: profile.measured_at)
-    measured = last.width * last.height * last.num_inference_steps
-    return last.seconds_per_image * mean_work(plan.params, plan.sweep) / measured
+    return statistics.fmean(last.seconds_of(merged(plan.params, point)) for point in plan.sweep)
 
 
 def _images(ledger: Ledger, latest: _Latest) -> int:

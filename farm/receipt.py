@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from farm.errors import NewerVersionError, RecordError
 from farm.plan import Scalar
 
-VERSION = 1
+VERSION = 2
+"""Version 1 knew no warnings; its rows are read as having none."""
 _HEAD = b"farm.receipt"
 _JSON = {b"farm": b"json"}
 _MAX_EXACT_FLOAT = 2**53
@@ -28,6 +29,7 @@ class ImageRow:
 
     `alone`: rendered outside its planned batch after that batch failed, so its bytes may differ from an undisturbed
     run's. `flag`: `black` or `constant` where the picture is all one colour. `seconds`: its share of its batch's time.
+    `warnings`: codes of the advice on a structured prompt, with commas between.
     """
 
     index: int
@@ -55,6 +57,7 @@ class ImageRow:
     renderer: str
     device: str
     carry: dict[str, Scalar]
+    warnings: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ class Receipt:
                     "upgrade this farm"
                 )
             head = _Head.model_validate(fields)
-            rows = tuple(table_to_rows(table))
+            rows = tuple(table_to_rows(_brought_up(table, head.version)))
             if len(rows) != head.images:
                 raise ValueError(f"{len(rows)} rows, its head says {head.images}")
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, ValidationError) as exc:
@@ -168,10 +171,13 @@ _SCHEMA = pa.schema(
         pa.field("seconds", pa.float64(), nullable=False),
         pa.field("renderer", pa.string(), nullable=False),
         pa.field("device", pa.string(), nullable=False),
+        pa.field("warnings", pa.string()),
     ]
 )
 COLUMNS: tuple[str, ...] = tuple(_SCHEMA.names)
 """Names that a carried column may not have."""
+CARRIED_WARNINGS = "carried_warnings"
+"""What a column is called that was carried as `warnings`, in jobs planned when that was no column of the farm's own."""
 
 
 def rows_to_table(rows: Sequence[ImageRow]) -> pa.Table:
@@ -187,7 +193,8 @@ def rows_to_table(rows: Sequence[ImageRow]) -> pa.Table:
         kind = _carried_type(values)
         if kind is None:
             values = [None if value is None else json.dumps(value) for value in values]
-        fields.append(pa.field(name, kind or pa.string(), metadata=_JSON if kind is None else None))
+        named = CARRIED_WARNINGS if name == "warnings" else name
+        fields.append(pa.field(named, kind or pa.string(), metadata=_JSON if kind is None else None))
         arrays.append(pa.array(values, type=kind or pa.string()))
     return pa.table(arrays, schema=pa.schema(fields))
 
@@ -209,6 +216,15 @@ def table_to_rows(table: pa.Table) -> Iterable[ImageRow]:
         if row.status not in ("ok", "failed"):
             raise ValueError(f"image {row.index} has the status {row.status!r}")
         yield row
+
+
+def _brought_up(table: pa.Table, version: int) -> pa.Table:
+    """Return the rows of an earlier version's receipt with the columns of this one."""
+    place = COLUMNS.index("warnings")
+    if version > 1 or table.num_columns < place:
+        return table
+    names = [CARRIED_WARNINGS if name == "warnings" else name for name in table.schema.names]
+    return table.rename_columns(names).add_column(place, _SCHEMA.field(place), pa.nulls(table.num_rows, pa.string()))
 
 
 def _carried_type(values: Sequence[Scalar]) -> pa.DataType | None:

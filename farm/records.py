@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from farm.errors import NewerVersionError
+from farm.modelcard import RenderParams
 
 VERSION = 2
 
@@ -123,8 +124,70 @@ class Tombstone(Record):
     runs: tuple[str, ...] = ()
 
 
+class ShapeSpeed(BaseModel):
+    """How fast pictures of one size were drawn: seconds of one denoising step and of decoding, each an image's share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+    step_s: float = Field(gt=0)
+    decode_s: float = Field(ge=0)
+
+    @property
+    def pixels(self) -> int:
+        """Width x height."""
+        return self.width * self.height
+
+
+class Stages(BaseModel):
+    """What `farm bench` measured of a model on one kind of device, by stage."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    load_s: float = Field(ge=0, description="of the first load in a process")
+    encode_s: float = Field(ge=0, description="a prompt")
+    guidance_scale: float = Field(ge=0)
+    guided_above: float | None = Field(
+        description="the guidance above which a step passes the denoiser twice, with and without the prompt; None: never"
+    )
+    shapes: tuple[ShapeSpeed, ...] = Field(min_length=1)
+    batch: int = Field(gt=0)
+    peak_gib: dict[str, float] = Field(description="the most held by phase: load, encode, denoise, decode")
+    dtype: str
+    quantise: dict[str, str] = Field(default={}, description="part -> how it was quantised")
+    versions: dict[str, str]
+    measured_at: str = Field(description="ISO 8601, UTC")
+
+    def seconds_of(self, params: RenderParams) -> float:
+        """Reckon an image's seconds: encoding, so many steps of its size, decoding."""
+        step_s, decode_s = self._at(params.width * params.height)
+        passes = self._passes(params.guidance_scale) / self._passes(self.guidance_scale)
+        return self.encode_s + params.num_inference_steps * step_s * passes + decode_s
+
+    def _passes(self, guidance_scale: float) -> int:
+        return 2 if self.guided_above is not None and guidance_scale > self.guided_above else 1
+
+    def _at(self, pixels: int) -> tuple[float, float]:
+        """Seconds of a step and a decode, on the line between the nearest sizes; beyond them in proportion to the pixels."""
+        shapes = sorted(self.shapes, key=lambda shape: shape.pixels)
+        above = next((shape for shape in shapes if shape.pixels >= pixels), shapes[-1])
+        below = next((shape for shape in reversed(shapes) if shape.pixels <= pixels), shapes[0])
+        if above.pixels <= below.pixels:
+            by = pixels / above.pixels
+            return above.step_s * by, above.decode_s * by
+        share = (pixels - below.pixels) / (above.pixels - below.pixels)
+        return (
+            below.step_s + (above.step_s - below.step_s) * share,
+            below.decode_s + (above.decode_s - below.decode_s) * share,
+        )
+
+
 class Profile(Record):
-    """How fast one kind of device drew a model's pictures when last measured."""
+    """How fast one kind of device drew a model's pictures when last measured, by a job or by `farm bench`.
+
+    `stages` are of the last `farm bench` there, where there was one.
+    """
 
     model: str
     device: str
@@ -135,3 +198,17 @@ class Profile(Record):
     batch: int = Field(gt=0)
     images: int = Field(gt=0, description="how many were measured")
     measured_at: str = Field(description="ISO 8601, UTC")
+    stages: Stages | None = None
+
+    def seconds_of(self, params: RenderParams) -> float:
+        """Estimate an image's seconds: what was measured, scaled by its stages where they are known, else by pixels x steps."""
+        if self.stages is None:
+            work = params.width * params.height * params.num_inference_steps
+            return self.seconds_per_image * work / (self.width * self.height * self.num_inference_steps)
+        then = RenderParams(
+            width=self.width,
+            height=self.height,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.stages.guidance_scale,
+        )
+        return self.seconds_per_image * self.stages.seconds_of(params) / self.stages.seconds_of(then)

@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 
 from farm.cores import Cores, Place
 from farm.cutin import CutIn
-from farm.devices import DeviceInfo
+from farm.devices import DeviceInfo, renderers_on
 from farm.drawing import ShardProgress
 from farm.engines import Engines
 from farm.errors import (
@@ -106,6 +106,7 @@ class Renderer:
         device_name: str,
         cores: int,
         vram_gib: float,
+        host_gib: float | None = None,
         ledger: Ledger,
         link: Link,
         machine: DeviceInfo | None = None,
@@ -136,7 +137,8 @@ class Renderer:
         self._urgent = UrgentQueue(changed)
         self._cores = Cores(cores, changed=changed, urgent=self._urgent.may_cut_in)
         self._device_meter = DeviceMeter(name, self._meters, idle_s=self._cores.idle_s, gpu=gpu)
-        self._engines = Engines(device, vram_gib, meters=self._meters)
+        beside = renderers_on(machine, cores) if machine else 1
+        self._engines = Engines(device, vram_gib, meters=self._meters, host_gib=host_gib, renderers=beside)
         self._cutin = CutIn(
             renderer=name,
             device=device_name,

@@ -47,10 +47,22 @@ class Settings(BaseSettings):
         default="auto", description="bucket in the path or the host name"
     )
     models: Path | None = Field(default=None, description="folder of model cards of your own, searched first")
+    weights: Path = Field(
+        default=Path("~/.cache/diffusion-farm/weights"),
+        description="folder on each node for copies of weights that lie in buckets",
+    )
     renderers: int | None = Field(
         default=None, gt=0, description="renderers to start; where empty one per GPU, or what the cores allow"
     )
-    vram_gib: float = Field(default=16.0, gt=0, description="GPU memory one renderer may use, GiB")
+    vram_gib: float = Field(
+        default=16.0, gt=0, description="GPU memory one renderer may use, GiB, on any larger card too"
+    )
+    host_gib: float | None = Field(
+        default=None,
+        ge=0,
+        description="main memory of each node for models that are not in use, so that they come back by a copy, GiB; half of what "
+        "is free where empty",
+    )
     address: str | None = Field(
         default=None, description="Ray address of a running farm; this machine's own where empty"
     )

@@ -21,6 +21,7 @@ from farm.errors import (
     ObjectMissingError,
 )
 from farm.ledger import Ledger
+from farm.lint import prompt_codes
 from farm.meters import Meters
 from farm.output import MAX_PENDING_BYTES, Names, Writer, Written
 from farm.plan import ImageSpec, Plan, card_identity
@@ -209,6 +210,7 @@ class ShardRunner:
             renderer=self._renderer,
             device=self._device,
             carry=spec.carry,
+            warnings=prompt_codes(spec.prompt, family=self.plan.card.family),
         )
 
 

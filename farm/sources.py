@@ -98,6 +98,23 @@ def read_chunks(file: SourceFile, columns: Sequence[str], *, encoding: str = "ut
         raise PromptError(f"{file.name}: cannot be read: {exc.message}") from exc
 
 
+def read_object(url: str, *, open_store: StoreOpener, most_bytes: int) -> bytes:
+    """Return the object that an s3:// URL names. Raises PromptError where there is none, or it is larger than that."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not bucket or not key:
+        raise PromptError(f"{url}: names no object; write s3://bucket/path/file.yaml")
+    try:
+        store = open_store(f"s3://{bucket}")
+        info = store.head(key)
+        if info is None:
+            raise PromptError(f"{url}: no such object; check the address")
+        if info.size_bytes > most_bytes:
+            raise PromptError(f"{url}: larger than {most_bytes // 2**20} MiB; cut it into several")
+        return store.get(key)
+    except StoreError as exc:
+        raise PromptError(f"{url}: cannot be read: {exc.message}") from exc
+
+
 def missing_column(file: str, column: str, present: Sequence[str]) -> NoReturn:
     """Raise the PromptError for a column that a file lacks."""
     near = did_you_mean(column, present)

@@ -12,18 +12,20 @@ from functools import partial
 from itertools import count, islice
 from typing import Literal
 
+from farm.advice import advice_on
 from farm.comparison import compare, numerics_differences
-from farm.errors import ControlError, FarmError, ManifestError, PlanChangedError, PromptError, RowsAppendedError
+from farm.errors import ControlError, FarmError, ManifestError, PlanChangedError, RowsAppendedError
 from farm.knownrows import KnownRows
 from farm.ledger import Ledger
 from farm.limits import Limits, limits_of, restated, stated
+from farm.lint import Advice
 from farm.manifest import PromptTemplate, SeedCount
 from farm.modelcard import ParamOverrides, merged
 from farm.outlook import Outlook, outlook
 from farm.plan import ImageSpec, Plan, SeedRule, shard_size
 from farm.prompts import Frozen, freeze, known_rows
 from farm.records import Standing, standing
-from farm.request import Request, Speed, prepare, speed_of
+from farm.request import Request, Speed, placed, prepare, speed_of
 from farm.status import images_done
 
 __all__ = ["Draft", "Request", "Speed", "Submission", "draft", "prepare", "submit"]
@@ -42,7 +44,7 @@ class Draft:
     `sizes`: images by (width, height). `drawn`: seeds or prompts in `first` will be drawn anew when it is submitted.
     `state`: what submitting would do; `changes` says what differs, where it is resumed the priority or limits that would be
     changed. `seconds`: on all renderers together. `size_bytes`: of the pictures, where an earlier run of the job tells.
-    `outlook`: whether it keeps its limits.
+    `outlook`: whether it keeps its limits. `warnings`: of the card, and of the prompts that were looked at.
     """
 
     plan: Plan
@@ -55,6 +57,7 @@ class Draft:
     state: Literal["new", "resume", "appended", "changed"]
     changes: tuple[str, ...]
     outlook: Outlook
+    warnings: tuple[Advice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,8 @@ class Submission:
     `numerics_differ`: what of this machine differs, as `torch: 2.13.0 -> 2.14.0`, from the plan's numerics, where rendering
     the plan here would mix; of a run created for appended rows, from those of the run before it. `waiting_rows`: appended
     rows that wait until the run in hand has ended. `changed`: the priority or limits that the manifest states anew, as
-    `priority: 50 -> 80`; said to the job. `kept`: the limits that hold though the manifest leaves them out.
+    `priority: 50 -> 80`; said to the job. `kept`: the limits that hold though the manifest leaves them out. `warnings`: of the
+    card, and of the prompts that were looked at.
     """
 
     plan: Plan
@@ -73,6 +77,7 @@ class Submission:
     waiting_rows: int = 0
     changed: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    warnings: tuple[Advice, ...] = ()
 
 
 def draft(request: Request, ledger: Ledger | None = None, *, now: str) -> Draft:
@@ -144,6 +149,7 @@ def draft(request: Request, ledger: Ledger | None = None, *, now: str) -> Draft:
             renderers=request.renderers,
             batch=plan.numerics.batch,
         ),
+        warnings=advice_on(request, frozen.samples),
     )
 
 
@@ -168,13 +174,14 @@ def submit(
     plans = ledger.plans(request.manifest.name)
     if not plans:
         _refuse_passed(request, limits_of(request.manifest, Standing()), now)
-        plan = _create(request, ledger, plans, now=now, bits=bits)
-        if plan is not None:
-            return Submission(plan, "created")
+        created = _create(request, ledger, plans, now=now, bits=bits)
+        if created is not None:
+            return created
         _refuse_deleted(request, ledger)
         plans = ledger.plans(request.manifest.name)
     newest = plans[-1]
-    found = compare(request, _freeze(request, root=0).table, plans, ledger)
+    frozen = _freeze(request, root=0)
+    found = compare(request, frozen.table, plans, ledger)
     if found.state == "changed":
         raise PlanChangedError(
             f"job {newest.job} exists and was planned from something else: {'; '.join(found.changes)}. "
@@ -186,18 +193,24 @@ def submit(
             "those, as a new run of the job"
         )
     finished = ledger.finished(newest)
+    made = Submission(
+        newest,
+        "resumed",
+        numerics_differences(newest.numerics, request.numerics),
+        found.new,
+        warnings=advice_on(request, frozen.samples),
+    )
     if finished and found.state == "resume":
-        return Submission(newest, "resumed", numerics_differences(newest.numerics, request.numerics))
+        return made
     before = _limits(ledger, plans)
     new = before.differing(restated(request.manifest, newest.manifest))
     if new.finish_by is not None:
         _refuse_passed(request, replace(before, finish_by=new.finish_by), now)
-    made = Submission(newest, "resumed", numerics_differences(newest.numerics, request.numerics), found.new)
     if finished:
-        plan = _create(request, ledger, plans, now=now, bits=bits)
-        if plan is None:
+        created = _create(request, ledger, plans, now=now, bits=bits)
+        if created is None:
             return submit(request, ledger, now=now, by=by, append=append, bits=bits)
-        made = Submission(plan, "created", numerics_differences(newest.numerics, plan.numerics))
+        made = replace(created, numerics_differ=numerics_differences(newest.numerics, created.plan.numerics))
     ledger.open(newest.job)
     if new.given:
         ledger.append_control(newest.job, "change", at=now, by=by or request.owner, run=plans[0].run, **new.given)
@@ -225,7 +238,7 @@ def _refuse_passed(request: Request, limits: Limits, now: str) -> None:
         )
 
 
-def _create(request: Request, ledger: Ledger, plans: Sequence[Plan], *, now: str, bits: Bits) -> Plan | None:
+def _create(request: Request, ledger: Ledger, plans: Sequence[Plan], *, now: str, bits: Bits) -> Submission | None:
     """Write parts, marker and plan, in this order; None when another was first with the plan."""
     job, run = request.manifest.name, f"{bits(32):08x}"
     written: list[int] = []
@@ -259,7 +272,7 @@ def _create(request: Request, ledger: Ledger, plans: Sequence[Plan], *, now: str
     # Again: a farm that found the job done before this run was there may have taken the mark away since.
     ledger.open(job)
     _refuse_deleted(request, ledger)
-    return plan
+    return Submission(plan, "created", warnings=advice_on(request, frozen.samples))
 
 
 def _discard_controls(ledger: Ledger, job: str) -> None:
@@ -286,8 +299,7 @@ def _freeze(
     sink: Callable[[int, bytes], None] | None = None,
     known: KnownRows | None = None,
 ) -> Frozen:
-    document = request.document
-    try:
+    with placed(request.document):
         return freeze(
             request.manifest,
             card=request.card,
@@ -298,11 +310,6 @@ def _freeze(
             sink=sink,
             known=known,
         )
-    except (ManifestError, PromptError) as exc:
-        key = tuple(exc.message.partition(":")[0].split("."))
-        if key[0] != "prompts":
-            raise
-        raise type(exc)(f"{document.where(key)}: {exc.message}") from exc
 
 
 def _plan(

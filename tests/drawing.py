@@ -101,11 +101,20 @@ class FakeFamily:
     def load(self) -> None:
         self.loaded = True
 
+    host_bytes = 1
+
+    def park(self) -> bool:
+        self.loaded = False
+        return True
+
     def unload(self) -> None:
         self.loaded = False
 
     def tokenize(self, prompt: str) -> Tokens:
         return Tokens(tuple(prompt.encode("utf-8", "surrogatepass")))
+
+    def guided(self, params: RenderParams) -> bool:
+        return params.guidance_scale > 0
 
     def bucket(self, positive: Tokens, negative: Tokens | None) -> Hashable:
         return len(positive.ids) // 32

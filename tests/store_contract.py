@@ -249,6 +249,22 @@ class StoreContract:
         assert store.replace("large", b"small", info.etag) is True
         assert store.get("large") == b"small"
 
+    def test_parts_of_an_object_are_read_as_long_as_it_is_the_same(self, store: ObjectStore) -> None:
+        content = bytes(range(256)) * 4
+        store.put("k", content)
+        info = store.head("k")
+        assert info is not None
+        for start, size in ((0, 1), (10, 100), (0, 1024), (1023, 1), (5, 0)):
+            assert store.read("k", start, size, etag=info.etag) == content[start : start + size]
+        with pytest.raises(StoreError, match=r"k: 10 bytes were asked for|k has changed since it was looked at"):
+            store.read("k", 1020, 10, etag=info.etag)
+        store.put("k", content[::-1])
+        with pytest.raises(StoreError, match=r"k has changed since it was looked at; do it again"):
+            store.read("k", 0, 10, etag=info.etag)
+        store.delete("k")
+        with pytest.raises(ObjectMissingError, match="k is not there"):
+            store.read("k", 0, 10, etag=info.etag)
+
     def test_lists_in_order_of_bytes(self, store: ObjectStore) -> None:
         keys = ["a-", "a.txt", "a/1", "a/b/c", "a/b-", "a0", "ab", "b", "B", "é", "z", "日"]
         for key in keys:

@@ -3,7 +3,7 @@
 import datetime
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 
 def environment() -> dict[str, str | int]:
@@ -13,8 +13,15 @@ def environment() -> dict[str, str | int]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "diffusers", "ray")},
+        **{package: _version(package) for package in ("torch", "diffusers", "ray")},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _processor() -> str:

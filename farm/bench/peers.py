@@ -14,8 +14,9 @@ from typing import Any
 
 from PIL.Image import Image
 
-from farm.modelcard import find_card, source_folder
+from farm.modelcard import find_card
 from farm.settings import load_settings
+from farm.weights import source_folder
 
 
 class Stock:

@@ -11,7 +11,24 @@ import typer
 from typer.exceptions import TyperException
 
 from farm import __version__
-from farm.cli import controls, datasets, jobs, keys, machine, plan, prompt, render, retry, submit, up, upkeep
+from farm.cli import (
+    bench,
+    compare,
+    controls,
+    datasets,
+    jobs,
+    keys,
+    lint,
+    machine,
+    models,
+    plan,
+    prompt,
+    render,
+    retry,
+    submit,
+    up,
+    upkeep,
+)
 from farm.cli.exits import EPILOG, Exit
 from farm.cli.terminal import print_error
 
@@ -25,7 +42,24 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (render, plan, submit, jobs, controls, retry, datasets, upkeep, prompt, up, keys, machine):
+for group in (
+    render,
+    plan,
+    lint,
+    submit,
+    jobs,
+    controls,
+    retry,
+    datasets,
+    compare,
+    upkeep,
+    prompt,
+    up,
+    keys,
+    models,
+    bench,
+    machine,
+):
     group.register(app)
 
 

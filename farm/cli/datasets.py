@@ -129,16 +129,17 @@ def reproduce(
     """Render a picture again from its own provenance, and compare."""
     from farm.devices import local_device
     from farm.engine import Engine
-    from farm.modelcard import find_card, pinned
+    from farm.modelcard import find_card
     from farm.provenance import encode_picture, read_picture
     from farm.reproduce import reproduce as render_again
+    from farm.weights import pinned
 
     settings = options.settings()
     picture = read_picture(file)
     if out is not None and out.exists():
         raise PictureError(f"{out} exists and is not written over; name another file")
     device = "cuda:0" if local_device().kind == "cuda" else "cpu"
-    card = pinned(find_card(str(picture.provenance.model["name"]), settings))
+    card = pinned(find_card(str(picture.provenance.model["name"]), settings), settings=settings)
     with spinner(f"rendering it again with {card.name}"):
         found = render_again(
             picture,

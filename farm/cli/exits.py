@@ -35,6 +35,7 @@ class Exit(IntEnum):
     DIFFERENT = 7
     CANCELLED = 8
     WAITING = 9
+    WARNED = 10
     INTERRUPTED = 130
     BROKEN_PIPE = 141
 
@@ -50,6 +51,7 @@ MEANINGS = {
     Exit.DIFFERENT: "verify or reproduce found differences, doctor found a fault",
     Exit.CANCELLED: "the job was cancelled or deleted before it was done",
     Exit.WAITING: "the job waits for a person: paused, a pilot done, a limit reached",
+    Exit.WARNED: "farm lint --strict warns of more than the model's licence",
     Exit.INTERRUPTED: "interrupted; the same command goes on",
 }
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 _BREAK = re.compile(r"(?<!\n)\n(?!\n)")
 
-RENDERING = frozenset({"boto3", "diffusers", "fastapi", "filelock", "numpy", "psutil", "pyarrow", "ray", "torch"})
+RENDERING = frozenset(
+    {"boto3", "diffusers", "fastapi", "filelock", "matplotlib", "numpy", "psutil", "pyarrow", "ray", "torch"}
+)
 """Packages of the extra `farm` that commands come upon first."""
 
 Command = Callable[..., Exit | None]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farm.cli.advice import warn, warning_records
 from farm.cli.exits import Exit
 from farm.cli.moment import now_iso
 from farm.cli.options import Options, command
@@ -15,7 +16,10 @@ from farm.cli.terminal import note, print_json, say
 from farm.cli.wording import count, cut, duration, gpu_hours, size
 
 if TYPE_CHECKING:
+    from farm.devices import DeviceInfo
+    from farm.fitting import Fit
     from farm.outlook import Outlook
+    from farm.settings import Settings
     from farm.submission import Draft, Request
 
 STATES = {
@@ -35,24 +39,52 @@ def plan(
     options: Options,
     manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="The YAML file that says what to render.")],
     renderers: Renderers = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:GIB", help="Ask about a GPU that is not here, as 'RTX 4060 Ti:16'; may be repeated."
+        ),
+    ] = None,
+    vram: Annotated[
+        float | None, typer.Option(metavar="GIB", min=1, help="GPU memory one renderer may use, over FARM_VRAM_GIB.")
+    ] = None,
 ) -> Exit:
     """Show what a manifest would come to; nothing is written.
 
-    Counts, shards, first prompts, size, the time with where it is known from, and whether it keeps its limits.
+    Counts, shards, first prompts, size, where the model's parts lie on each GPU, the time with where it is known from, and
+    whether it keeps its limits.
     """
+    from farm.devices import local_device
+    from farm.fitting import asked_device
     from farm.submission import draft
 
-    settings = options.settings(renderers=renderers)
-    request = read_request(manifest, settings)
+    settings = options.settings(renderers=renderers, vram_gib=vram)
+    pool = asked_device(device or (), vram_gib=vram, here=local_device())
+    request = read_request(manifest, settings, device=pool)
+    placements = _placements(request, settings, pool=pool, elsewhere=bool(device))
     found = draft(request, options.open_ledger(settings), now=now_iso())
+    warn(found.warnings)
     if options.json:
-        print_json(_record(request, found))
+        print_json(_record(request, found) | {"placements": _placement_records(placements)})
     else:
-        _show(request, found)
+        _show(request, found, placements)
     return Exit.OK
 
 
-def _show(request: "Request", found: "Draft") -> None:
+def _placements(
+    request: "Request", settings: "Settings", *, pool: "DeviceInfo", elsewhere: bool
+) -> "tuple[Fit, ...] | None":
+    """How the model lies on each device; empty for a family without weights, None where those are not here yet."""
+    from farm.devices import host_memory
+    from farm.fitting import fits
+
+    if request.card.family == "sleep":
+        return ()
+    host = None if elsewhere else host_memory()
+    return fits(request.card, request.numerics, device=pool, settings=settings, host=host)
+
+
+def _show(request: "Request", found: "Draft", placements: "tuple[Fit, ...] | None") -> None:
     plan = found.plan
     params = plan.params
     say(f"{plan.job}: {count(plan.images, 'image')} in {count(plan.shards, 'shard')} of up to {plan.shard_images:,}")
@@ -66,6 +98,8 @@ def _show(request: "Request", found: "Draft") -> None:
     say(f"  params     {params.num_inference_steps} steps, guidance {params.guidance_scale:g}")
     numerics = plan.numerics
     say(f"  numerics   {numerics.device}, {numerics.dtype}, batches of {numerics.batch}")
+    for line in _placement_lines(plan.card.name, placements):
+        say(line)
     if plan.pilot is not None:
         others = plan.images - plan.pilot
         say(f"  pilot      {count(plan.pilot, 'image')} first, spread over the job; {others:,} wait for farm approve")
@@ -84,6 +118,39 @@ def _show(request: "Request", found: "Draft") -> None:
             say(f"             {spec.index:5} {spec.seed:10}  {cut(spec.prompt, 100)}{swept}")
     if found.state == "changed":
         note("give the manifest a new name, or put the old values back")
+
+
+def _placement_lines(model: str, placements: "tuple[Fit, ...] | None") -> list[str]:
+    """Where the model's parts lie; with several kinds of device a line for each, and which of them cannot draw it."""
+    if placements is None:
+        return [f"  placement  unknown: the weights are not here yet; farm models pull {model} brings them"]
+    lines = []
+    for fit in placements:
+        what = fit.placement.explained if fit.placement else f"cannot draw it: {fit.refusal}"
+        where = f"{fit.device}: " if len(placements) == 1 else f"{fit.count} × {fit.device}: "
+        lines.append(f"  placement  {where}{what}")
+        lines += [
+            f"             with {change} in the card, which changes pixels: {placed.explained}"
+            for change, placed in fit.sooner
+        ]
+    return lines
+
+
+def _placement_records(placements: "tuple[Fit, ...] | None") -> list[dict[str, Any]] | None:
+    if placements is None:
+        return None
+    return [
+        {
+            "device": fit.device,
+            "count": fit.count,
+            "layout": fit.placement.layout if fit.placement else None,
+            "peak_gib": round(fit.placement.peak_gib, 2) if fit.placement else None,
+            "host_gib": round(fit.placement.host_gib, 2) if fit.placement else None,
+            "explained": fit.placement.explained if fit.placement else fit.refusal,
+            "sooner": {change: placed.explained for change, placed in fit.sooner},
+        }
+        for fit in placements
+    ]
 
 
 def _time(request: "Request", found: "Draft") -> str:
@@ -159,6 +226,7 @@ def _record(request: "Request", found: "Draft") -> dict[str, Any]:
         },
         "size_bytes": found.size_bytes,
         "drawn_anew": found.drawn,
+        "warnings": warning_records(found.warnings),
         "first": [
             {"index": spec.index, "key": spec.key, "seed": spec.seed, "prompt": spec.prompt, **spec.params.model_dump()}
             for spec in found.first

@@ -1,5 +1,7 @@
 """From a manifest's file to a checked request and its plan, as `farm plan` and `farm render` both need it."""
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,21 +10,40 @@ from farm.cli.terminal import note
 from farm.errors import NumericsError
 
 if TYPE_CHECKING:
+    from farm.devices import DeviceInfo
     from farm.ledger import Ledger
+    from farm.manifest import LoadedManifest
     from farm.settings import Settings
     from farm.submission import Request, Submission
 
+STDIN = "-"
 
-def read_request(manifest: Path, settings: "Settings") -> "Request":
-    """Read a manifest and check it against its model card and this machine. Raises InputError, PlacementError."""
+
+def read_request(manifest: Path, settings: "Settings", *, device: "DeviceInfo | None" = None) -> "Request":
+    """Read a manifest and check it against its model card and this machine, or another device. Raises InputError,
+    PlacementError."""
     from farm.devices import default_renderers, local_device
-    from farm.manifest import load_manifest
     from farm.submission import prepare
 
-    loaded = load_manifest(manifest)
-    device = local_device()
+    loaded = load(manifest, settings)
+    device = device or local_device()
     settings = settings.model_copy(update={"owner": settings.owner or user_name()})
     return prepare(loaded, settings, device=device, renderers=settings.renderers or default_renderers(device))
+
+
+def load(manifest: Path, settings: "Settings") -> "LoadedManifest":
+    """Read a manifest, of `-` what comes on stdin, with what it includes. Raises ManifestError."""
+    from farm.errors import ManifestError
+    from farm.manifest import load_manifest, manifest_in
+    from farm.sources import read_object
+    from farm.storage.opening import open_store
+    from farm.yamlfile import MAX_BYTES, parse_yaml
+
+    read_url = partial(read_object, open_store=partial(open_store, settings=settings), most_bytes=MAX_BYTES)
+    if str(manifest) != STDIN:
+        return load_manifest(manifest, read_url=read_url)
+    document = parse_yaml(sys.stdin.buffer.read(MAX_BYTES + 1), "stdin", ManifestError, what="manifest")
+    return manifest_in(document, Path.cwd(), read_url=read_url)
 
 
 def submit_request(request: "Request", ledger: "Ledger", *, append: bool) -> "Submission":

@@ -1,12 +1,14 @@
 """`farm prompt`: a loop for trying things on a farm that is up.
 
-A line is a prompt; one that opens an XML tag is read on until the tag is closed or a blank line comes. A line that begins
-with / changes a setting. Pictures are numbered files that never take the place of another.
+A line is a prompt; one that opens an XML tag is read on until the tag is closed or a blank line comes, and one that opens a
+character until the general tags are closed or two blank lines come. A line that begins with / changes a setting.
+Pictures are numbered files that never take the place of another.
 """
 
 import re
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farm.cli.advice import tell
 from farm.cli.exits import Exit, exit_code
 from farm.cli.following import spinner
 from farm.cli.options import Options, command
@@ -25,13 +28,18 @@ if TYPE_CHECKING:
     from farm.client import Client, Image
 
 FOLDER = Path("farm-pictures")
+ONCE = frozenset({"licence", "preset"})
+"""Codes of warnings that hold for every picture of a model."""
 LEAVE = frozenset({"quit", "exit", "q", "/quit", "/exit", "/q"})
 _OPENS = re.compile(r"\s*<([A-Za-z_][\w.:-]*)")
+_CHARACTER = re.compile(r"<character_\d")
+_GENERAL_ENDS = re.compile(r"</general_tags\s*>")
 _NUMBERED = re.compile(r"(\d{4,})\.(png|webp|jpg)")
 _SIZE = re.compile(r"(\d+)\s*[x×*,\s]\s*(\d+)")
 
 HELP = """\
 a line            is a prompt; one that opens an XML tag is read on until it is closed, or a blank line
+<character_1>     begins a scene, which ends with </general_tags>, or two blank lines
 /model NAME       another model; /model lists them
 /steps N          denoising steps              /guidance X   how closely to follow the prompt
 /size 1024x768    in pixels                    /seed N       a fixed seed
@@ -52,6 +60,14 @@ class Settings:
 
     model: str | None = None
     values: dict[str, Any] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
+
+    def news(self, warnings: object) -> list[Mapping[str, Any]]:
+        """Return what a farm warns of, but for what of the model was said before."""
+        told = [one for one in warnings if isinstance(one, Mapping)] if isinstance(warnings, list) else []
+        fresh = [one for one in told if one.get("code") not in ONCE or one.get("text") not in self.said]
+        self.said.update(str(one.get("text")) for one in told)
+        return fresh
 
     def change(self, word: str, text: str) -> str:
         """Change one setting, or with an empty text put it back; returns what to say. Raises InputError."""
@@ -87,7 +103,7 @@ class Reading:
             return None
         self.lines.append(line)
         whole = "\n".join(self.lines).strip()
-        if self.opened and line.strip() and not _closed(whole):
+        if self.opened and not self._ended(whole):
             return None
         self.lines.clear()
         return whole
@@ -96,6 +112,11 @@ class Reading:
     def opened(self) -> bool:
         """Whether a tag was opened, so that more lines may follow."""
         return bool(self.lines) and _OPENS.match(self.lines[0]) is not None
+
+    def _ended(self, whole: str) -> bool:
+        if _CHARACTER.match(whole):
+            return _GENERAL_ENDS.search(whole) is not None or not any(one.strip() for one in self.lines[-2:])
+        return not self.lines[-1].strip() or _closed(whole)
 
     def rest(self) -> str | None:
         """Return what was begun, at the end of all lines."""
@@ -186,6 +207,7 @@ def _draw(options: Options, farm: "Client", settings: Settings, text: str, to: P
         with spinner(f"drawing {cut(text, 60)}"):
             images = farm.generate(text, model=settings.model, **settings.values)
         whole_s = time.monotonic() - began
+        tell(settings.news(images[0].metadata.get("warnings")) if images else ())
         for image in images:
             if image.error is not None:
                 print_error(image.error.code, image.error.message, as_json=options.json)

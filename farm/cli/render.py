@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from farm.cli.advice import warn
 from farm.cli.exits import Exit, exit_code
 from farm.cli.following import follow, interruptible, progress_line, spinner
 from farm.cli.guard import leave
@@ -26,6 +27,7 @@ from farm.errors import FarmError, RowsAppendedError
 if TYPE_CHECKING:
     from actors.cluster import Farm
     from farm.ledger import Ledger
+    from farm.lint import Advice
     from farm.run import JobProgress
     from farm.settings import Settings
 
@@ -72,13 +74,14 @@ def render(
             raise
         append = True
         submission = submit_request(request, ledger, append=True)
+    warn(submission.warnings)
     job, again = submission.plan.job, again_command()
     if append and submission.waiting_rows:
         note(f"{count(submission.waiting_rows, 'added row')} wait until the run in hand has ended")
         if not _reach_end(options, settings, ledger, job, again=again, yes=yes):
             return Exit.WAITING
         submit_request(request, ledger, append=True)
-    return render_job(options, settings, ledger, job, again=again, yes=yes)
+    return render_job(options, settings, ledger, job, again=again, yes=yes, warnings=submission.warnings)
 
 
 def probe(ledger: "Ledger") -> None:
@@ -88,15 +91,23 @@ def probe(ledger: "Ledger") -> None:
 
 
 def render_job(
-    options: Options, settings: "Settings", ledger: "Ledger", job: str, *, again: str, yes: bool = False
+    options: Options,
+    settings: "Settings",
+    ledger: "Ledger",
+    job: str,
+    *,
+    again: str,
+    yes: bool = False,
+    warnings: Sequence["Advice"] = (),
 ) -> Exit:
     """Render what a submitted job lacks, and say what it came to; `again` is the command that goes on with it.
 
-    `yes`: images that a pilot left out follow without asking. Raises WaitingError, CancelledError, FarmUnavailableError.
+    `yes`: images that a pilot left out follow without asking. `warnings`: said already, for the record alone. Raises
+    WaitingError, CancelledError, FarmUnavailableError.
     """
     if not _reach_end(options, settings, ledger, job, again=again, yes=yes):
         return Exit.WAITING
-    return summarise(options, ledger, job)
+    return summarise(options, ledger, job, warnings=warnings)
 
 
 def _reach_end(options: Options, settings: "Settings", ledger: "Ledger", job: str, *, again: str, yes: bool) -> bool:

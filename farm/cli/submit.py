@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from farm.cli import remote
+from farm.cli.advice import tell
 from farm.cli.exits import Exit
 from farm.cli.options import Options, command
 from farm.cli.terminal import note, print_json
@@ -34,6 +35,7 @@ def submit(
     """
     with options.client() as farm:
         job = farm.submit(manifest, append=append)
+        tell(job.warnings)
         if not (options.json and watch):
             if options.json:
                 print_json(job.record)

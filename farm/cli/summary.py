@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from farm.cli.advice import warning_records
 from farm.cli.exits import Exit
 from farm.cli.options import Options
 from farm.cli.terminal import note, print_json, say
@@ -13,16 +14,17 @@ from farm.errors import FarmUnavailableError
 
 if TYPE_CHECKING:
     from farm.ledger import Ledger
+    from farm.lint import Advice
     from farm.plan import Plan
     from farm.records import Totals
 
 
-def summarise(options: Options, ledger: "Ledger", job: str) -> Exit:
-    """Print what a finished job came to. The exit code says whether images failed."""
+def summarise(options: Options, ledger: "Ledger", job: str, *, warnings: Sequence["Advice"] = ()) -> Exit:
+    """Print what a finished job came to, `warnings` in its record alone. The exit code says whether images failed."""
     plans = ledger.plans(job)
     if not plans or not all(ledger.finished(plan) for plan in plans):
         raise FarmUnavailableError(f"the farm ended before {job} was done; what is stored stays: run the command again")
-    failed = _print(options, ledger, plans, state="done")
+    failed = _print(options, ledger, plans, state="done", warnings=warnings)
     if failed and not options.json:
         note(f"{count(failed, 'image')} failed; render them again: farm retry {job}")
     return Exit.IMAGES_FAILED if failed else Exit.OK
@@ -73,14 +75,17 @@ def place(ledger: "Ledger", key: str) -> str:
     return f"./{relative}" if not relative.startswith("..") else str(path)
 
 
-def _print(options: Options, ledger: "Ledger", plans: Sequence["Plan"], *, state: str) -> int:
+def _print(
+    options: Options, ledger: "Ledger", plans: Sequence["Plan"], *, state: str, warnings: Sequence["Advice"] = ()
+) -> int:
     """Print the closed runs among `plans`, and return how many of their images failed."""
     every = [ledger.totals(plan) for plan in plans]
     ended = [(plan, totals) for plan, totals in zip(plans, every, strict=True) if totals is not None]
     failed = sum(totals.failed for _, totals in ended)
     if options.json:
         runs = [_record(ledger, plan, totals) for plan, totals in ended]
-        print_json({"job": plans[0].job, "state": state, "failed": failed, "runs": runs})
+        told = {"warnings": warning_records(warnings)} if warnings else {}
+        print_json({"job": plans[0].job, "state": state, "failed": failed, "runs": runs, **told})
         return failed
     for plan, totals in ended:
         named = [plan.job]

@@ -84,6 +84,12 @@ class Job(Answered):
     live: Progress | None = None
 
     @property
+    def warnings(self) -> list[dict[str, Any]]:
+        """What the farm warned of when it was submitted: `code`, `text` and `where` of each."""
+        told = (self.model_extra or {}).get("warnings")
+        return [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
+
+    @property
     def ended(self) -> bool:
         """Whether nothing of it is rendered any more unless somebody says so."""
         return self.state in ENDED

@@ -4,13 +4,18 @@ Host copies of a part's weights never change, so taking it off the device copies
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from diffusers.hooks import apply_group_offloading
+from torch import nn
 
+from farm.devices import host_memory, local_device
 from farm.errors import DeviceLostError, NumericsError, OutOfMemoryError
-from farm.placement import DeviceLimits
+from farm.models.hostcopy import packed
+from farm.placement import PINNED_SHARE, DeviceLimits
 
 GIB = 2**30
 
@@ -38,11 +43,18 @@ class Device:
 
     def limits(self) -> DeviceLimits:
         """Return what the device offers."""
+        host_gib = host_memory().total_bytes / GIB
         if not self.is_cuda:
-            return DeviceLimits("cpu", "the CPU", self._vram_gib)
+            return DeviceLimits("cpu", "the CPU", self._vram_gib, host_gib=host_gib)
         found = torch.cuda.get_device_properties(self.torch)
         return DeviceLimits(
-            "cuda", found.name, self._vram_gib, found.total_memory / GIB, torch.cuda.get_device_capability(self.torch)
+            "cuda",
+            found.name,
+            self._vram_gib,
+            found.total_memory / GIB,
+            torch.cuda.get_device_capability(self.torch),
+            host_gib,
+            renderers=max(1, len(local_device().gpus)),
         )
 
     def hold_to_budget(self) -> None:
@@ -101,12 +113,24 @@ class Device:
 
 
 class Part:
-    """A module that comes onto a device and leaves it. Its weights stay in host memory all the while."""
+    """A module that comes onto a device and leaves it. Its weights stay in host memory all the while, and never change.
 
-    def __init__(self, module: torch.nn.Module):
+    `pin`: have them pinned before they first leave for a GPU, where there is memory for that: copies are two to three times as
+    quick. `without`: modules in it that others move. What a quantised layer keeps beside its weights moves with them.
+    """
+
+    def __init__(self, module: nn.Module, *, pin: bool = False, without: Sequence[nn.Module] = ()):
         self.module = module
-        self._host = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
-        self._on: torch.device | None = torch.device("cpu")
+        self._pin = pin
+        self._without = {id(tensor) for other in without for tensor in (*other.parameters(), *other.buffers())}
+        self._copies: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
+        places = {tensor.device for tensor in self._tensors()} or {torch.device("cpu")}
+        self._on = places.pop() if len(places) == 1 else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(tensor.nbytes for tensor in {_key(tensor): tensor for tensor in self._tensors()}.values())
 
     def move(self, device: torch.device) -> None:
         """Bring the weights to `device`; nothing happens where they are there already.
@@ -116,9 +140,149 @@ class Part:
         if device == self._on:
             return
         self._on = None
-        for tensor, host in self._host:
-            tensor.data = host if device.type == "cpu" else host.to(device)
+        if device.type == "cpu":
+            self._leave()
+        else:
+            if device.type == "cuda":
+                self.pin()
+            self._enter(device)
         self._on = device
+
+    def _enter(self, device: torch.device) -> None:
+        arrived = {_key(host): copy for copy, host in self._copies.values()}
+        for owner, name in self._slots():
+            host = getattr(owner, name)
+            if host.device == device:
+                continue
+            copy = arrived.get(_key(host))
+            if copy is None:
+                copy = arrived[_key(host)] = host.to(device, non_blocking=True)
+                self._copies[_key(copy)] = copy, host
+            setattr(owner, name, copy)
+
+    def _leave(self) -> None:
+        """Point back at the host copies; what was made on the device, as quantised weights are, is copied off it once."""
+        hosts = {key: host for key, (_, host) in self._copies.items()}
+        for owner, name in self._slots():
+            tensor = getattr(owner, name)
+            if tensor.device.type != "cpu":
+                if _key(tensor) not in hosts:
+                    hosts[_key(tensor)] = tensor.to("cpu")
+                    self._copies[_key(tensor)] = tensor, hosts[_key(tensor)]  # alive until the end: keys are addresses
+                setattr(owner, name, hosts[_key(tensor)])
+        self._copies = {}
+
+    def pin(self) -> bool:
+        """Have the weights pinned where that was asked for and memory allows; returns whether they are."""
+        tensors = {_key(tensor): tensor for tensor in self._tensors() if tensor.device.type == "cpu"}
+        if self._pin and sum(tensor.nbytes for tensor in tensors.values()) <= PINNED_SHARE * host_memory().free_bytes:
+            self._have_pinned(tensors)
+        self._pin = False
+        return all(tensor.is_pinned() for tensor in self._tensors())
+
+    def _have_pinned(self, tensors: dict[Hashable, torch.Tensor]) -> None:
+        pinned = dict(zip(tensors, packed(list(tensors.values()), pin=True), strict=True))
+        for owner, name in self._slots():
+            tensor = getattr(owner, name)
+            if tensor.device.type == "cpu":
+                setattr(owner, name, pinned[_key(tensor)])
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        for owner, name in self._slots():
+            yield getattr(owner, name)
+
+    def _slots(self) -> Iterator[tuple[Any, str]]:
+        """Where the module keeps tensors: object and attribute."""
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            if id(tensor) in self._without:
+                continue
+            yield tensor, "data"
+            for owner in _quantised_states(tensor):
+                for name in _STATE_TENSORS:
+                    if isinstance(getattr(owner, name, None), torch.Tensor):
+                        yield owner, name
+        for module in self.module.modules():
+            owner = getattr(module, "state", None)  # of bitsandbytes' int8 layers, once they were used
+            for name in ("CB", "SCB"):
+                if isinstance(getattr(owner, name, None), torch.Tensor):
+                    yield owner, name
+
+
+_STATE_TENSORS = ("absmax", "code", "offset", "CB", "SCB")
+
+
+def _quantised_states(tensor: torch.Tensor) -> Iterator[Any]:
+    """What bitsandbytes keeps beside a quantised weight: its own attributes (int8), its states (nf4), one in the other."""
+    if hasattr(tensor, "SCB"):
+        yield tensor
+    state = getattr(tensor, "quant_state", None)
+    while state is not None:
+        yield state
+        state = getattr(state, "state2", None)
+
+
+def _key(tensor: torch.Tensor) -> Hashable:
+    """Equal for tensors that are the same weights, as tied ones are; for as long as one of them lives."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.size(), tensor.dtype
+
+
+class Streamed:
+    """A module of which a block at a time is on the device, the next one on its way: diffusers' group offload.
+
+    The last resort: every step copies all weights. `pin` as for a Part. What lies outside of the modules that own blocks stays on
+    the device between `move` there and back.
+    """
+
+    def __init__(self, module: nn.Module, *, pin: bool = False):
+        self.module = module
+        self._owners = tuple(_block_owners(module))
+        self._rest = Part(module, without=self._owners, pin=pin)
+        self._blocks = [Part(owner, pin=pin) for owner in self._owners]
+        self._on: torch.device | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return self._rest.nbytes + sum(part.nbytes for part in self._blocks)
+
+    def move(self, device: torch.device) -> None:
+        """Be ready to compute on `device`, or take all that is there off it, also what a failed step left."""
+        if device.type != "cpu":
+            self.stream_to(device)
+        elif self._on is not None:
+            for module in self.module.modules():
+                registry = getattr(module, "_diffusers_hook", None)
+                hook = registry and registry.get_hook("group_offloading")
+                if hook:
+                    hook.group.offload_()
+        self._rest.move(device)
+
+    def stream_to(self, device: torch.device) -> None:
+        """Have blocks copied to `device` as they are needed, beside the computation where it is a GPU; once and for all."""
+        if self._on is not None:
+            return
+        self._on = device
+        for part, owner in zip(self._blocks, self._owners, strict=True):
+            pinned = device.type == "cuda" and part.pin()
+            apply_group_offloading(
+                owner,
+                onload_device=device,
+                offload_device=torch.device("cpu"),
+                offload_type="block_level",
+                num_blocks_per_group=1,
+                non_blocking=device.type == "cuda",
+                use_stream=device.type == "cuda",
+                low_cpu_mem_usage=not pinned,
+            )
+
+
+def _block_owners(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules with a list of blocks of their own; a list itself owns nothing, as it has no forward."""
+    if not isinstance(module, nn.ModuleList) and any(isinstance(child, nn.ModuleList) for child in module.children()):
+        yield module
+        return
+    for child in module.children():
+        yield from _block_owners(child)
 
 
 def _line(exc: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from farm.modelcard import ModelCard
+from farm.modelcard import ModelCard, RenderParams
 from farm.plan import ImageSpec, Numerics
 
 StepCallback = Callable[[int, int], None]
@@ -63,13 +63,24 @@ class Family(Protocol):
         """
 
     def load(self) -> None:
-        """Place and load. Raises ModelCardError for missing or broken weights, PlacementError for what cannot fit."""
+        """Place and load; after `park` only copy. Raises ModelCardError for missing or broken weights, PlacementError for what
+        cannot fit."""
+
+    @property
+    def host_bytes(self) -> int:
+        """What its weights take in host memory; 0 where they are on the device alone."""
+
+    def park(self) -> bool:
+        """Leave the device and keep the weights in host memory; returns False, and does nothing, where none are there."""
 
     def unload(self) -> None:
         """Let go of all weights and device memory."""
 
     def tokenize(self, prompt: str) -> Tokens:
         """Cut a prompt into tokens; cheap."""
+
+    def guided(self, params: RenderParams) -> bool:
+        """Whether pictures of these parameters are drawn with a negative prompt."""
 
     def bucket(self, positive: Tokens, negative: Tokens | None) -> Hashable:
         """Return what two images must share, besides size and steps, to be denoised in one batch."""
@@ -107,6 +118,18 @@ def open_family(card: ModelCard, numerics: Numerics, *, device: str, vram_gib: f
         from farm.models.sleep import SleepFamily
 
         return SleepFamily()
+    if card.family == "qwen-image":
+        from farm.models.qwen import QwenFamily
+
+        return QwenFamily(card, numerics, device=device, vram_gib=vram_gib)
+    if card.family == "newbie":
+        from farm.models.newbie import NewBieFamily
+
+        return NewBieFamily(card, numerics, device=device, vram_gib=vram_gib)
+    if card.family == "diffusers":
+        from farm.models.pipeline import PipelineFamily
+
+        return PipelineFamily(card, numerics, device=device, vram_gib=vram_gib)
     from farm.models.zimage import ZImageFamily
 
     return ZImageFamily(card, numerics, device=device, vram_gib=vram_gib)

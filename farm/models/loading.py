@@ -1,120 +1,26 @@
-"""From a card's source to loaded parts: find the folder, check its files, load safetensors into torch modules.
+"""From files to loaded parts: safetensors, GGUF or quantised as they load, into torch modules in host memory.
 
-Never runs code that comes with weights, never reads pickles, and never asks the network where the source is a folder.
-What is missing or broken is a ModelCardError that names the file.
+Never runs code that comes with weights, never reads pickles, and never asks the network. What is missing, broken or does not
+fit is a ModelCardError that names the file.
 """
 
-import json
-import struct
-from collections.abc import Callable
-from contextlib import suppress
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
+from transformers.utils import logging as transformers_logging
 
-from farm.errors import ModelCardError, NumericsError
-from farm.modelcard import ModelCard, pinned, source_folder
+from farm.errors import ModelCardError
+from farm.modelcard import Adapter, ModelCard
+from farm.models.device import Part
 
 T = TypeVar("T")
-
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
-MAX_HEADER_BYTES = 100_000_000
-
-
-def locate(card: ModelCard) -> Path:
-    """Return the folder with a card's weights, downloading a hub id at its revision where it is not cached.
-
-    Raises NumericsError where the folder holds other weights than those the card was planned with.
-    """
-    folder = source_folder(card.source)
-    if folder is not None:
-        planned = card.source.revision
-        here = pinned(card).source.revision
-        if planned not in (None, here):
-            raise NumericsError(
-                f"model {card.name}: the plan was made with weights {planned}, {folder} holds {here}; put the old weights "
-                f"back to go on with this run, or give the job a new name to render it anew"
-            )
-        return folder
-    if card.source.hub is None:
-        raise ModelCardError(f"model {card.name}: its source needs a path or a hub id; mend the card")
-    return _download(card.name, card.source.hub, card.source.revision)
-
-
-def _download(model: str, hub: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
-
-    with suppress(LocalEntryNotFoundError):
-        return Path(snapshot_download(hub, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=True))
-    try:
-        return Path(snapshot_download(hub, revision=revision, allow_patterns=list(HUB_FILES)))
-    except (HTTPError, HFValidationError, OSError) as exc:
-        raise ModelCardError(
-            f"model {model}: {hub} at revision {revision or 'main'} cannot be fetched from the hub: {exc}; check "
-            f"the network, the id, the revision and HF_TOKEN"
-        ) from exc
-
-
-def part_bytes(card: ModelCard, folder: Path, part: str, *, itemsize: int) -> int:
-    """Return the bytes of a part's weights at `itemsize` bytes an element, from the files' headers alone.
-
-    Raises ModelCardError for a part without files, a shard that its index names and is not there, or a cut-off file.
-    """
-    where = folder / part
-    files = sorted(where.glob("*.safetensors"))
-    for index in where.glob("*.safetensors.index.json"):
-        named = set(_json(card, index).get("weight_map", {}).values())
-        missing = sorted(named - {file.name for file in files})
-        if missing:
-            raise ModelCardError(
-                f"model {card.name}: {where / missing[0]} is not there, {len(missing)} of {len(named)} files missing; "
-                f"fetch the weights again"
-            )
-        files = [file for file in files if file.name in named]
-    if not files:
-        raise ModelCardError(
-            f"model {card.name}: {where} has no .safetensors file; fetch the weights again (pickles are not read)"
-        )
-    _json(card, where / "config.json")
-    return sum(_elements(card, file) for file in files) * itemsize
-
-
-def _json(card: ModelCard, path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise ModelCardError(f"model {card.name}: {path} cannot be read: {exc}; fetch the weights again") from exc
-    if not isinstance(loaded, dict):
-        raise ModelCardError(f"model {card.name}: {path} is not a JSON object; fetch the weights again")
-    return loaded
-
-
-def _elements(card: ModelCard, path: Path) -> int:
-    """Count the elements in a safetensors file: 8 bytes of length, a JSON header, then the data that it describes."""
-    broken = f"model {card.name}: {path} is cut off or not a safetensors file; fetch the weights again"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-            if length > min(MAX_HEADER_BYTES, size - 8):
-                raise ModelCardError(broken)
-            tensors = json.loads(file.read(length))
-        tensors.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-        elements = 0
-        for tensor in tensors.values():
-            count = 1
-            for side in tensor["shape"]:
-                count *= side
-            elements += count
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise ModelCardError(broken) from exc
-    if size < 8 + length + end:
-        raise ModelCardError(broken)
-    return elements
 
 
 def load_part(card: ModelCard, folder: Path, part: str, load: Callable[[], T]) -> T:
@@ -122,8 +28,173 @@ def load_part(card: ModelCard, folder: Path, part: str, load: Callable[[], T]) -
     try:
         return load()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as exc:
+        if isinstance(exc, (torch.OutOfMemoryError, torch.AcceleratorError)):
+            raise
         line = " ".join(str(exc).split())[:300]
         raise ModelCardError(
             f"model {card.name}: {folder / part} cannot be loaded: {type(exc).__name__}: {line}; fetch the weights "
             f"again, or mend the card"
         ) from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """Loads the parts of one model, each in eval() and in host memory.
+
+    `files`: as `files_of` found them. `device`: where quantising happens; on a CPU nothing is quantised.
+    """
+
+    card: ModelCard
+    folder: Path
+    files: Mapping[str, Path]
+    dtype: torch.dtype
+    device: torch.device
+
+    def small(self, part: str, kind: Any, **options: Any) -> Any:
+        """Load what has no weights: a tokenizer, a scheduler."""
+        return load_part(
+            self.card,
+            self.folder,
+            part,
+            lambda: kind.from_pretrained(self.folder / part, local_files_only=True, **options),
+        )
+
+    def encoder(self, part: str, kind: Any) -> Any:
+        """Load a text encoder of transformers, quantised where the card says so."""
+        from transformers import BitsAndBytesConfig
+
+        return self._module(self.folder, part, kind, **self._quantising("encoder", BitsAndBytesConfig))
+
+    def denoiser(self, part: str, kind: Any) -> Any:
+        """Load the denoiser: from the model's folder, quantised where the card says so, or from the card's own file."""
+        from diffusers import BitsAndBytesConfig
+
+        options = self._quantising("denoiser", BitsAndBytesConfig)
+        if self.card.denoiser is not None:
+            return self._single_file(part, kind, options)
+        return self._module(self.folder, part, kind, **options)
+
+    def decoder(self, part: str, kind: Any) -> Any:
+        """Load the VAE: from the model's folder, or from the card's own."""
+        own = self.files.get("decoder")
+        return self._module(own, "", kind) if own is not None else self._module(self.folder, part, kind)
+
+    def _module(self, folder: Path, part: str, kind: Any, **options: Any) -> Any:
+        transformers_logging.disable_progress_bar()
+        module, told = load_part(
+            self.card,
+            folder,
+            part,
+            lambda: kind.from_pretrained(
+                folder / part,
+                dtype=self.dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            ),
+        )
+        self._refuse_missing(folder / part, told["missing_keys"])
+        return self._settled(module, options)
+
+    def _settled(self, module: Any, options: Mapping[str, Any]) -> Any:
+        """Quantising happens on the GPU; from here on it is for the placement to say what lies there."""
+        if "device_map" in options:
+            Part(module).move(torch.device("cpu"))
+        return module.eval()
+
+    def _single_file(self, part: str, kind: Any, options: dict[str, Any]) -> Any:
+        """Load the card's own file into the shape that the model's folder describes. `options`: how to quantise it."""
+        from diffusers import GGUFQuantizationConfig
+
+        assert self.card.denoiser is not None
+        file = self.files["denoiser"]
+        if self.card.denoiser.format == "gguf":
+            self._need("gguf", f"{file.name} as its denoiser")
+            options = {"quantization_config": GGUFQuantizationConfig(compute_dtype=self.dtype)}
+
+        def load() -> nn.Module:
+            try:
+                module: nn.Module = kind.from_single_file(
+                    str(file),
+                    config=str(self.folder),
+                    subfolder=part,
+                    dtype=self.dtype,
+                    local_files_only=True,
+                    **options,
+                )
+            except NotImplementedError as exc:  # torch, of tensors that were given no values
+                raise ValueError(f"it lacks tensors that {self.folder / part} describes") from exc
+            empty = [name for name, tensor in module.named_parameters() if tensor.is_meta]
+            if empty:
+                raise ValueError(f"it lacks {len(empty)} tensors, {empty[0]} among them")
+            return module
+
+        return self._settled(load_part(self.card, file.parent, file.name, load), options)
+
+    def _quantising(self, part: str, config: Any) -> dict[str, Any]:
+        how = dict(self.card.quantise).get(part)  # type: ignore[call-overload]
+        if how is None or self.device.type == "cpu":
+            return {}
+        self._need("bitsandbytes", f"its {part} as {how}")
+        quantisation = (
+            config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype)
+            if how == "nf4"
+            else config(load_in_8bit=True)
+        )
+        return {"quantization_config": quantisation, "device_map": {"": self.device}}
+
+    def adapt(self, denoiser: Any, pipeline: Any) -> None:
+        """Load the card's adapters and have them all active; they are never merged into the weights.
+
+        `pipeline`: the class of diffusers, or a pipeline, that reads adapters for this denoiser.
+        """
+        card = self.card
+        if not card.adapters:
+            return
+        self._need("peft", f"adapter {card.adapters[0].name}")
+        if not hasattr(pipeline, "lora_state_dict"):
+            raise ModelCardError(f"model {card.name}: its pipeline takes no adapters; take them out of the card")
+        for adapter in card.adapters:
+            self._adapt_with(denoiser, pipeline, adapter)
+        denoiser.set_adapters([adapter.name for adapter in card.adapters], [one.weight for one in card.adapters])
+
+    def _adapt_with(self, denoiser: Any, pipeline: Any, adapter: Adapter) -> None:
+        file = self.files[f"adapter:{adapter.name}"]
+        given = {"adapter_name": adapter.name}
+
+        def load() -> int:
+            state, metadata = pipeline.lora_state_dict(
+                file.parent, weight_name=file.name, local_files_only=True, return_lora_metadata=True
+            )
+            layers = len({name.split(".lora_")[0] for name in state if ".lora_" in name})
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # a second adapter
+                if hasattr(pipeline, "load_lora_into_transformer"):
+                    pipeline.load_lora_into_transformer(state, transformer=denoiser, metadata=metadata, **given)
+                else:
+                    pipeline.load_lora_into_unet(state, network_alphas=None, unet=denoiser, metadata=metadata, **given)
+            return layers
+
+        layers = load_part(self.card, file.parent, file.name, load)
+        fitting = sum(adapter.name in getattr(module, "lora_A", ()) for module in denoiser.modules())
+        if not layers or fitting < layers:
+            raise ModelCardError(
+                f"model {self.card.name}: {file} fits {fitting} layers of the denoiser and has {layers}; it was made for "
+                f"another model, or is no LoRA adapter; mend the card"
+            )
+
+    def _need(self, package: str, what: str) -> None:
+        if importlib.util.find_spec(package) is None:
+            raise ModelCardError(
+                f"model {self.card.name}: loading {what} needs the package {package}, which is not installed; pip install "
+                f"'diffusion-farm[quantised]', or choose a card without it"
+            )
+
+    def _refuse_missing(self, where: Path, names: Iterable[str]) -> None:
+        missing = sorted(names)
+        if missing:
+            raise ModelCardError(
+                f"model {self.card.name}: {where} lacks {len(missing)} of its tensors, {missing[0]} among them; fetch the "
+                f"weights again, or mend the card"
+            )

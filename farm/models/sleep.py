@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
+from farm.modelcard import RenderParams
 from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
 from farm.plan import ImageSpec
 
@@ -31,12 +32,22 @@ class SleepFamily:
     def load(self) -> None:
         """Nothing to load."""
 
+    host_bytes = 0
+
+    def park(self) -> bool:
+        """Nothing to keep."""
+        return True
+
     def unload(self) -> None:
         """Nothing to let go of."""
 
     def tokenize(self, prompt: str) -> Tokens:
         """All prompts are alike."""
         return Tokens(())
+
+    def guided(self, params: RenderParams) -> bool:
+        """All prompts are alike."""
+        return False
 
     def bucket(self, positive: Tokens, negative: Tokens | None) -> Hashable:
         """All prompts are alike."""

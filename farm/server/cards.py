@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from farm.devices import DeviceInfo, numerics_for
 from farm.errors import UnknownModelError
-from farm.modelcard import ModelCard, find_card, list_cards, pinned
+from farm.modelcard import ModelCard, find_card, list_cards
 from farm.plan import Numerics
 from farm.settings import Settings
+from farm.weights import pinned
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class Cards:
         return known
 
     def _read(self, name: str) -> ModelCard:
-        return pinned(find_card(name, self._settings))
+        return pinned(find_card(name, self._settings), settings=self._settings)
 
     async def _read_first(self, name: str) -> _Known:
         """Read a card that nobody has asked for yet: once, however many ask at a time, and whoever of them goes away."""

@@ -11,15 +11,19 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-from farm.errors import RequestError
+from farm.errors import ManifestError, RequestError
+from farm.lint import Advice, lint_prompt
 from farm.manifest import MAX_SEED, Output
-from farm.modelcard import ModelCard, ParamOverrides, RenderParams, merged, param_fault
+from farm.modelcard import ModelCard, ParamOverrides, RenderParams, merged, param_fault, resolved
 from farm.plan import ImageSpec
+from farm.request import card_advice
 from farm.yamlfile import did_you_mean
 
 MAX_IMAGES = 64
 """Images of one request: its answer holds them all. More are a job."""
 MAX_PROMPT = 32_000
+WARNINGS = 100
+"""Warnings that one answer carries at most."""
 Bits = Callable[[int], int]
 """From a count of bits to that many random ones."""
 
@@ -104,7 +108,9 @@ class ImagesRequest(BaseModel):
         strict=False,  # a list will do
         description="several prompts in place of one, n images of each",
     )
-    negative_prompt: Prompt | None = Field(default=None, description="what not to draw")
+    negative_prompt: Prompt | None = Field(
+        default=None, description="what not to draw; @NAME is the card's of that name"
+    )
     num_inference_steps: int | None = Field(default=None, ge=1, le=10_000, description="denoising steps")
     guidance_scale: float | None = Field(default=None, ge=0, le=1000, description="how closely to follow the prompt")
     seed: int | None = Field(
@@ -163,10 +169,11 @@ class ImagesRequest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """What a request comes to: its images in order, prompts first, then each prompt's seeds."""
+    """What a request comes to: its images in order, prompts first, then each prompt's seeds; `preset`: of the card."""
 
     params: RenderParams
     specs: tuple[ImageSpec, ...]
+    preset: str | None = None
 
 
 def drawing_of(asked: ImagesRequest, card: ModelCard, *, bits: Bits) -> Drawing:
@@ -178,7 +185,12 @@ def drawing_of(asked: ImagesRequest, card: ModelCard, *, bits: Bits) -> Drawing:
     if asked.size not in (None, "auto"):
         width, height = re.findall(r"\d+", str(asked.size))
         overrides |= {"width": int(width), "height": int(height)}
-    params = merged(card.defaults, _preset(asked.quality, card), ParamOverrides(**overrides))
+    preset = _preset(asked.quality, card)
+    chosen = ParamOverrides() if preset is None else card.presets[preset]
+    try:
+        params = resolved(card, merged(card.defaults, chosen, ParamOverrides(**overrides)))
+    except ManifestError as exc:
+        raise RequestError(exc.message, "negative_prompt") from exc
     fault = param_fault(card, params)
     if fault is not None:
         size = asked.size not in (None, "auto") and fault.name in ("width", "height")
@@ -193,19 +205,30 @@ def drawing_of(asked: ImagesRequest, card: ModelCard, *, bits: Bits) -> Drawing:
                     index=row * count + slot, row=row, key=None, prompt=prompt, seed=seed, params=params, carry={}
                 )
             )
-    return Drawing(params, tuple(specs))
+    return Drawing(params, tuple(specs), preset)
 
 
-def _preset(quality: str | None, card: ModelCard) -> ParamOverrides:
-    if quality is None:
-        return ParamOverrides()
-    if quality in card.presets:
-        return card.presets[quality]
+def advice_on(asked: ImagesRequest, card: ModelCard, preset: str | None) -> tuple[Advice, ...]:
+    """What is known against a request: of its model's card, and of each of its different prompts."""
+    found = list(card_advice(card, preset))
+    for at, text in enumerate(asked.texts):
+        if text in asked.texts[:at]:
+            continue
+        name = f"prompts.{at}" if asked.prompts else "prompt"
+        for one in lint_prompt(text, family=card.family, max_tokens=card.max_sequence_length):
+            found.append(Advice(one.code, one.text, f"{name}, {one.where}" if one.where else name))
+    return tuple(found[:WARNINGS])
+
+
+def _preset(quality: str | None, card: ModelCard) -> str | None:
+    """The card's preset of that name, or of OpenAI's word; None for the card's defaults. Raises RequestError."""
+    if quality is None or quality in card.presets:
+        return quality
     if quality in QUALITIES:
         preset = QUALITIES[quality]
         if preset in card.presets:
-            return card.presets[str(preset)]
+            return preset
         if preset in (None, "standard"):
-            return ParamOverrides()
+            return None
     near = did_you_mean(quality, list(card.presets)) or f"; it has {', '.join(card.presets) or 'none'}"
     raise RequestError(f"{card.name} has no preset {quality[:60]!r}{near}", "quality")

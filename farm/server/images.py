@@ -27,9 +27,10 @@ from farm.server.body import JsonRoute
 from farm.server.caller import Painter
 from farm.server.errors import answers, told
 from farm.server.gateway import AWAY_RETRY_S, Errand, Result, answered
-from farm.server.generation import Drawing, ImagesRequest, drawing_of
+from farm.server.generation import Drawing, ImagesRequest, advice_on, drawing_of
 from farm.server.links import LINK_S, base_url, single_url
 from farm.server.services import POOL_S, Served, Services
+from farm.server.warned import Warned, warned
 from farm.singles import Single, single_id, until
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,9 @@ class ImagesAnswer(BaseModel):
     model: str
     output_format: str
     size: str = Field(description="WIDTHxHEIGHT")
+    warnings: tuple[Warned, ...] | None = Field(
+        default=None, description="what is known against the prompts or the model; none where there is nothing"
+    )
 
 
 @router.post(
@@ -117,12 +121,15 @@ async def _generate(asked: ImagesRequest, request: Request, caller: Key, service
     ]
     kept = [(single, result.drawn.data) for single, result in zip(singles, results, strict=True) if single is not None]
     await (services.keeping.now(kept) if by_link else services.keeping.soon(kept))
-    head = {
+    head: dict[str, Any] = {
         "created": int(now),
         "model": ready.card.name,
         "output_format": asked.output.format,
         "size": f"{drawing.params.width}x{drawing.params.height}",
     }
+    advice = await asyncio.to_thread(advice_on, asked, ready.card, drawing.preset)
+    if advice:
+        head["warnings"] = [one.model_dump() for one in warned(advice)]
     pictures = []
     for single, result in zip(singles, results, strict=True):
         link = await asyncio.to_thread(_link, request, services, single) if by_link and single else None

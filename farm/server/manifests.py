@@ -1,7 +1,7 @@
 """A manifest as it comes over HTTP: JSON or YAML in a body, reading nothing but what the farm's keeper allows.
 
-A prompt file or a file of values must lie below one of the `http_sources`, which are `s3://` URLs; this machine's own
-files are out of reach whatever is written.
+A prompt file, a file of values or an included file must lie below one of the `http_sources`, which are `s3://` URLs; this
+machine's own files are out of reach whatever is written.
 """
 
 import re
@@ -11,7 +11,8 @@ from fastapi import HTTPException, Request
 
 from farm.errors import ManifestError
 from farm.manifest import LoadedManifest, manifest_of, named_files
-from farm.yamlfile import MAX_BYTES, parse_json, parse_yaml, shown
+from farm.scenefile import ReadUrl, included
+from farm.yamlfile import MAX_BYTES, Document, Loc, parse_json, parse_yaml, shown
 
 JSON_TYPES = ("application/json",)
 YAML_TYPES = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
@@ -50,10 +51,13 @@ async def read_body(request: Request) -> tuple[bytes, bool]:
     return b"".join(parts), is_yaml
 
 
-def manifest_from(data: bytes, *, is_yaml: bool, sources: Sequence[str], name: str | None = None) -> LoadedManifest:
+def manifest_from(
+    data: bytes, *, is_yaml: bool, sources: Sequence[str], name: str | None = None, read_url: ReadUrl | None = None
+) -> LoadedManifest:
     """Parse and check a manifest. Raises ManifestError.
 
-    `sources`: prefixes that its files may lie below. `name`: the job's, which the manifest may then leave out.
+    `sources`: prefixes that its files may lie below. `name`: the job's, which the manifest may then leave out. `read_url`: reads
+    what it includes, once that is allowed.
     """
     parse = parse_yaml if is_yaml else parse_json
     if not data.strip():
@@ -61,7 +65,14 @@ def manifest_from(data: bytes, *, is_yaml: bool, sources: Sequence[str], name: s
     document = parse(data, WHERE, ManifestError, what="manifest")
     if name is not None:
         document.data.setdefault("name", name)
-    loaded = manifest_of(document)
+
+    def read_included(file: str, loc: Loc) -> Document:
+        fault = source_fault(file, sources)
+        if fault is not None:
+            raise ManifestError(f"{document.where(loc)}: {'.'.join(map(str, loc))}: {fault}")
+        return included(file, document.where(loc), read_url)
+
+    loaded = manifest_of(document, read_included=read_included)
     if name not in (None, loaded.manifest.name):
         raise ManifestError(
             f"{document.where(('name',))}: name: is {shown(loaded.manifest.name)}, and the address says {shown(name)}; "

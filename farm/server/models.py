@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 
 from farm.devices import numerics_for
 from farm.errors import FarmUnavailableError, PlacementError
-from farm.modelcard import ModelCard, ParamOverrides, RenderParams, SizeLimits
+from farm.modelcard import ModelCard, Preset, RenderParams, SizeLimits
 from farm.portion import PoolView
 from farm.reserve import in_force
 from farm.server.caller import Reader
@@ -39,8 +39,10 @@ class Model(BaseModel):
     owned_by: str = Field(description="who published the weights, as far as the card says")
     title: str
     licence: str
+    licence_warning: str | None
     defaults: RenderParams
-    presets: dict[str, ParamOverrides]
+    presets: dict[str, Preset]
+    negative_prompts: dict[str, str] = Field(description="by name; asked for as @NAME")
     limits: SizeLimits
     max_steps: int
     readiness: Readiness
@@ -80,8 +82,10 @@ def _model(card: ModelCard, pool: PoolView | None, services: Services) -> Model:
         owned_by=hub.partition("/")[0] if hub else "farm",
         title=card.title,
         licence=card.licence,
+        licence_warning=card.licence_warning,
         defaults=card.defaults,
         presets=card.presets,
+        negative_prompts=card.negative_prompts,
         limits=card.limits,
         max_steps=card.max_steps,
         readiness=_readiness(card, pool, services),

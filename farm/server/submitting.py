@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
@@ -21,13 +22,19 @@ from farm.request import Request, prepare
 from farm.server.caller import must_own
 from farm.server.gateway import answered, refused
 from farm.server.jobroom import JobRoom
-from farm.server.manifests import manifest_from
+from farm.server.manifests import MAX_YAML_BYTES, manifest_from
 from farm.server.services import Services
+from farm.server.warned import Warned, warned
+from farm.sources import read_object
 from farm.status import job_status
+from farm.storage.opening import open_store
 from farm.submission import Submission, draft
 from farm.submission import submit as store
 
 log = logging.getLogger(__name__)
+
+WARNINGS = 100
+"""Warnings that one answer carries at most."""
 
 
 class Submitted(JobRecord):
@@ -40,6 +47,9 @@ class Submitted(JobRecord):
     kept: tuple[str, ...] = Field(description="limits that hold though the manifest leaves them out")
     waiting_rows: int = Field(description="appended rows that wait until the run in hand has ended")
     numerics_differ: tuple[str, ...] = Field(description="what of the farm differs from what the job was planned for")
+    warnings: tuple[Warned, ...] = Field(
+        description="of the model's card, and of the first 200 different prompts; 100 at most"
+    )
 
 
 async def submit(
@@ -90,7 +100,8 @@ class _Asked:
 
     def read(self, data: bytes, is_yaml: bool, name: str | None) -> Request:
         settings = self.services.settings.model_copy(update={"owner": self.caller.owner})
-        loaded = manifest_from(data, is_yaml=is_yaml, sources=settings.http_sources, name=name)
+        read_url = partial(read_object, open_store=partial(open_store, settings=settings), most_bytes=MAX_YAML_BYTES)
+        loaded = manifest_from(data, is_yaml=is_yaml, sources=settings.http_sources, name=name, read_url=read_url)
         self._must_own(self.ledger.plans(loaded.manifest.name))
         return prepare(loaded, settings, device=self.machine, renderers=self.renderers)
 
@@ -123,4 +134,5 @@ def _submitted(made: Submission, record: JobRecord) -> Submitted:
         kept=made.kept,
         waiting_rows=made.waiting_rows,
         numerics_differ=made.numerics_differ,
+        warnings=warned(made.warnings[:WARNINGS]),
     )

@@ -49,6 +49,10 @@ class ObjectStore(Protocol):
     def get(self, key: str) -> bytes:
         """Return the whole object. Raises ObjectMissingError."""
 
+    def read(self, key: str, start: int, size: int, *, etag: str) -> bytes:
+        """Return `size` bytes of an object from `start` on, all of them there. Raises ObjectMissingError where it is gone,
+        StoreError where it has another etag by now."""
+
     def head(self, key: str) -> ObjectInfo | None:
         """Return the object's size and etag, or None where there is no such object."""
 

@@ -60,6 +60,21 @@ class LocalStore:
         self._root_exists()
         return data
 
+    def read(self, key: str, start: int, size: int, *, etag: str) -> bytes:
+        path = self._path(key)
+        with self._translated(path):
+            try:
+                with path.open("rb") as file:
+                    same = _etag(os.fstat(file.fileno())) == etag
+                    file.seek(start)
+                    data = file.read(size) if same else b""
+            except _ABSENT:
+                self._root_exists()
+                raise ObjectMissingError(f"{path} is not there; see whether the job or the file was removed") from None
+        if len(data) < size:
+            raise StoreError(f"{path} has changed since it was looked at; do it again")
+        return data
+
     def head(self, key: str) -> ObjectInfo | None:
         path = self._path(key)
         with self._translated(path):
@@ -196,8 +211,7 @@ class LocalStore:
             return None
         if not stat.S_ISREG(status.st_mode):
             return None
-        etag = f"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ino:x}"
-        return ObjectInfo(key, status.st_size, etag, status.st_ctime)
+        return ObjectInfo(key, status.st_size, _etag(status), status.st_ctime)
 
     def _walk(self, folder: str, prefix: str, after: str) -> Iterator[ObjectInfo]:
         """Objects below `folder` ("" or ending in '/') in key order; holds the names of one folder at a time."""
@@ -346,6 +360,10 @@ class LocalStore:
             yield
         except OSError as exc:
             raise _store_error(exc, path) from exc
+
+
+def _etag(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ino:x}"
 
 
 def _store_error(exc: OSError, path: Path) -> StoreError:

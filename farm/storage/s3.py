@@ -21,7 +21,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.client import Config
 from botocore.exceptions import ClientError
 
-from farm.errors import BucketMissingError, ObjectMissingError, StoreUnavailableError
+from farm.errors import BucketMissingError, ObjectMissingError, StoreError, StoreUnavailableError
 from farm.storage.base import Leftovers, ObjectInfo, StoreReport
 from farm.storage.keys import check_key, check_prefix
 from farm.storage.probing import probe_store
@@ -29,6 +29,7 @@ from farm.storage.s3_errors import BROKEN_OFF, Translation, error_code, http_sta
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
 
 Addressing = Literal["auto", "path", "virtual"]
 
@@ -88,11 +89,27 @@ class S3Store:
         self._forget_clients()
 
     def get(self, key: str) -> bytes:
+        return self._body(key, {}, lambda answer: None)
+
+    def read(self, key: str, start: int, size: int, *, etag: str) -> bytes:
+        def check(answer: "GetObjectOutputTypeDef") -> None:
+            """Compared here, since servers differ in how they take If-Match; and some know of no Range."""
+            if _bare(answer["ETag"]) != etag:
+                raise StoreError(f"{self.url}/{key} has changed since it was looked at; do it again")
+            if answer["ContentLength"] != size:
+                raise StoreError(
+                    f"{self.url}/{key}: {size} bytes were asked for and {answer['ContentLength']} answered; use a server "
+                    "that can read parts of objects"
+                )
+
+        return self._body(key, {"Range": f"bytes={start}-{start + size - 1}"}, check) if size else b""
+
+    def _body(self, key: str, options: dict[str, Any], check: "Callable[[GetObjectOutputTypeDef], None]") -> bytes:
         no_more = self._clock() + BROKEN_OFF_S
         for attempt in range(self._attempts):
             with self._translated(key):
                 try:
-                    answer = self._client().get_object(Bucket=self.bucket, Key=self._key(key))
+                    answer = self._client().get_object(Bucket=self.bucket, Key=self._key(key), **options)
                 except ClientError as exc:
                     if error_code(exc) in ("NoSuchKey", "404"):
                         raise ObjectMissingError(
@@ -100,8 +117,12 @@ class S3Store:
                         ) from None
                     raise
                 try:
+                    check(answer)
                     data: bytes = answer["Body"].read()
                     return data
+                except StoreError:
+                    answer["Body"].close()
+                    raise
                 except BROKEN_OFF:
                     if attempt == self._attempts - 1 or self._clock() > no_more:
                         raise

@@ -9,7 +9,7 @@ import torch
 from farm.engine import Engine, Picture
 from farm.errors import OutOfMemoryError
 from farm.models.device import GIB, Device, Part
-from farm.models.zimage import PARTS, ZImageFamily
+from farm.models.zimage import ZImageFamily
 from farm.placement import DRAWING, Placement
 from tests.drawing import card, numerics, spec, write_tiny_zimage
 
@@ -45,13 +45,14 @@ def test_phases_change_no_pixel_and_leave_nothing_behind(folder: Path) -> None:
     phased.load()
     phased.placement = Placement("phased", frozenset({"encoder"}), DRAWING, DRAWING, 1.0, "a test")
     phased.encodes_ahead = True
-    phased._parts = {name: Part(getattr(phased, f"_{part}").to("cpu")) for name, part in PARTS.items()}
+    modules = phased._modules
+    phased._parts = {name: Part(getattr(modules, name).to("cpu")) for name in ("encoder", "denoiser", "decoder")}
     engines = [
         Engine(card(folder), numerics(device="cuda"), "cuda:0", 16.0, family=family) for family in (resident, phased)
     ]
     ours, theirs = (draw(engine) for engine in engines)
     assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(ours, theirs, strict=True))
-    assert next(phased._text_encoder.parameters()).device.type == "cpu"
+    assert next(modules.encoder.parameters()).device.type == "cpu"
 
 
 def test_a_batch_drawn_within_each_step_changes_no_pixel_on_the_gpu(folder: Path) -> None:

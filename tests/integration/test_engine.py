@@ -6,11 +6,12 @@ import numpy as np
 
 from farm.devices import local_device, numerics_for
 from farm.engine import Engine
-from farm.modelcard import find_card, pinned
+from farm.modelcard import find_card
 from farm.provenance import read_picture
 from farm.reproduce import reproduce
 from farm.settings import Settings
 from farm.shard import ShardRunner
+from farm.weights import pinned
 from tests.drawing import ledger, on_device, plan
 
 PROMPTS = ["a red circle on a white background", "a small blue star left of a green square", "two yellow triangles"]

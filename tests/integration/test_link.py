@@ -22,10 +22,11 @@ from farm.errors import (
 )
 from farm.manifest import Output
 from farm.meters import Meters
-from farm.modelcard import find_card, pinned
+from farm.modelcard import find_card
 from farm.plan import ImageSpec
 from farm.portion import Allowance, Entry, Placing, PoolView, Portion, Seat
 from farm.settings import Reserve, Settings
+from farm.weights import pinned
 
 PATIENCE_S = 90.0
 CARD = """\

@@ -44,7 +44,7 @@ class Device:
         self.meters = Meters("r", "i")
         self.queue = UrgentQueue(changed, share=share)
         self.cores = Cores(cores, changed=changed, urgent=self.queue.may_cut_in)
-        self.engines = Engines("cpu", 16.0, meters=self.meters)
+        self.engines = Engines("cpu", 16.0, meters=self.meters, host_gib=0.0)  # one model at a time, as on a GPU
         self.lost = threading.Event()
         self.cutin = CutIn(
             renderer="r",

@@ -3,7 +3,16 @@
 import pytest
 
 from farm.comparison import numerics_differences
-from farm.devices import DeviceInfo, Gpu, default_renderers, local_device, numerics_for
+from farm.devices import (
+    DeviceInfo,
+    Gpu,
+    HostMemory,
+    default_renderers,
+    host_memory,
+    local_device,
+    numerics_for,
+    renderers_on,
+)
 from farm.engine import check_numerics
 from farm.errors import NumericsError, PlacementError
 from tests.unit.finished_jobs import CARD
@@ -59,3 +68,22 @@ def test_this_machine_can_be_looked_at():
     device = local_device()
     assert device.cores >= 1
     assert device.kind in ("cpu", "cuda")
+
+
+def test_a_containers_limit_is_the_memory_that_there_is(tmp_path):
+    def cgroup(**files: str) -> HostMemory:
+        for name, text in files.items():
+            (tmp_path / f"memory.{name}").write_text(text)
+        return host_memory(tmp_path)
+
+    whole = host_memory(tmp_path)
+    assert 0 < whole.free_bytes <= whole.total_bytes
+    assert cgroup(max="max\n").total_bytes == whole.total_bytes
+    held = cgroup(max="1000000\n", current="700000\n", stat="anon 500000\ninactive_file 200000\n")
+    assert held == HostMemory(1_000_000, 500_000)
+    assert cgroup(current="2000000\n").free_bytes == 0
+
+
+def test_renderers_of_a_machine_are_its_gpus_or_share_its_cores():
+    assert renderers_on(on(T4, A4000), 1) == 2
+    assert [renderers_on(on(), cores) for cores in (1, 2, 8, 16)] == [8, 4, 1, 1]

@@ -6,10 +6,11 @@ import time
 
 import pytest
 
-from farm.engine import EmbeddingCache, Picture, RenderStep, check_numerics
+from farm.engine import EmbeddingCache, Picture, RenderStep, check_numerics, weights_of
 from farm.errors import CancelledError, NumericsError, OutOfMemoryError, RenderError
+from farm.modelcard import Adapter, Denoiser, Scheduler, Source
 from farm.models.family import Embedding, Tokens
-from tests.drawing import FakeFamily, engine, numerics, spec
+from tests.drawing import FakeFamily, card, engine, numerics, spec
 
 LONG = "a long prompt of more than thirty-two bytes in all"
 
@@ -221,3 +222,44 @@ def test_engine_and_the_family_sleep_import_no_torch() -> None:
         "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"denoiser": Denoiser(hub="a/b", file="q4.gguf", format="gguf")},
+        {"decoder": Source(hub="a/vae")},
+        {"quantise": {"encoder": "nf4"}},
+        {"adapters": (Adapter(hub="a/b", file="one.safetensors", name="one"),)},
+        {"scheduler": Scheduler(name="flow-heun")},
+        {"options": {"encoder_on": "cpu"}},
+        {"max_sequence_length": 32},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_whatever_a_card_is_loaded_with_makes_other_weights(changes: dict[str, object]) -> None:
+    assert weights_of(card(**changes), numerics()) != weights_of(card(), numerics())
+
+
+def test_an_adapters_weight_and_a_files_name_make_other_weights() -> None:
+    def weights(**changes: object) -> object:
+        one = Adapter(**{"hub": "a/b", "file": "one.safetensors", "name": "one"} | changes)
+        return weights_of(card(adapters=(one,)), numerics())
+
+    assert len({weights(), weights(weight=0.5), weights(file="two.safetensors"), weights(revision="1a2b")}) == 4
+
+
+def test_weights_of_one_revision_are_the_same_wherever_they_lie_and_whatever_the_batch() -> None:
+    here = card("/here").model_copy(update={"source": Source(path="/here", revision="sha256:1a")})
+    there = here.model_copy(update={"source": Source(path="/there", revision="sha256:1a"), "title": "Another"})
+    assert weights_of(here, numerics()) == weights_of(there, numerics(batch=1))
+    assert weights_of(here, numerics()) != weights_of(card("/here"), numerics())
+
+
+def test_guidance_is_on_where_the_family_says_so() -> None:
+    class FromOne(FakeFamily):
+        def guided(self, params: object) -> bool:
+            return params.guidance_scale > 1  # type: ignore[attr-defined]
+
+    batches = engine(FromOne()).batches([spec(0, guidance_scale=1.0), spec(1, guidance_scale=1.5)])
+    assert [len(batch.negative) for batch in batches] == [0, 1]

@@ -5,30 +5,62 @@ from typing import Any
 
 import pytest
 
-from farm.engines import Engines
+from farm.engines import GIB, Engines
 from farm.errors import ModelCardError
 from farm.meters import Meters
+from farm.modelcard import ModelCard
+from farm.queue import SWAPS_WORTH, Queue, Waiting
 from tests.drawing import FakeFamily, card, numerics
 
 
-@pytest.fixture
-def families(monkeypatch: pytest.MonkeyPatch) -> list[FakeFamily]:
-    """Every family that is opened, in order."""
-    opened: list[FakeFamily] = []
+class Weighty(FakeFamily):
+    """Takes 8 GiB of host memory, and counts."""
 
-    def open_fake(*_: Any, **__: Any) -> FakeFamily:
-        opened.append(FakeFamily())
+    host_bytes = 8 * GIB
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads = self.unloads = 0
+
+    def load(self) -> None:
+        super().load()
+        self.loads += 1
+
+    def unload(self) -> None:
+        super().unload()
+        self.unloads += 1
+
+
+@pytest.fixture
+def families(monkeypatch: pytest.MonkeyPatch) -> list[Weighty]:
+    """Every family that is opened, in order."""
+    opened: list[Weighty] = []
+
+    def open_fake(*_: Any, **__: Any) -> Weighty:
+        opened.append(Weighty())
         return opened[-1]
 
     monkeypatch.setattr("farm.engine.open_family", open_fake)
     return opened
 
 
-def engines() -> Engines:
-    return Engines("cpu", 16.0, meters=Meters("r", "i"))
+def engines(device: str = "cpu", **options: Any) -> Engines:
+    options = {"meters": Meters("r", "i"), "free_bytes": lambda: 100 * GIB} | options
+    return Engines(device, 16.0, **options)
 
 
-def test_an_engine_that_was_given_back_is_taken_again(families: list[FakeFamily]) -> None:
+def gpu_engines(**options: Any) -> Engines:
+    return engines("cuda:0", **options)
+
+
+def other(name: str = "other") -> ModelCard:
+    return card(name=name, max_sequence_length=len(name))
+
+
+GPU = numerics(device="cuda")
+
+
+def test_an_engine_that_was_given_back_is_taken_again(families: list[Weighty]) -> None:
     some = engines()
     first = some.take(card(), numerics())
     assert some.loaded_model == "sketch"
@@ -37,30 +69,137 @@ def test_an_engine_that_was_given_back_is_taken_again(families: list[FakeFamily]
     assert len(families) == 1
 
 
-def test_an_engine_in_use_is_nobody_elses_and_two_draw_side_by_side(families: list[FakeFamily]) -> None:
+def test_an_engine_in_use_is_nobody_elses_and_two_draw_side_by_side(families: list[Weighty]) -> None:
     some = engines()
     first, second = some.take(card(), numerics()), some.take(card(), numerics())
     assert first is not second
     assert [family.loaded for family in families] == [True, True]
 
 
-def test_idle_engines_of_other_models_leave_and_those_in_use_stay(families: list[FakeFamily]) -> None:
-    some = engines()
-    used, idle = some.take(card(), numerics()), some.take(card(), numerics())
+def test_idle_engines_of_other_models_leave_a_gpu_and_those_in_use_stay(families: list[Weighty]) -> None:
+    some = gpu_engines()
+    used, idle = some.take(card(), GPU), some.take(card(), GPU)
     some.give_back(idle)
-    some.take(card(name="other"), numerics())
+    some.take(other(), GPU)
     assert [family.loaded for family in families] == [True, False, True]
     assert (used.loaded, some.loaded_model, len(some)) == (True, "other", 0)
+    assert some.kept == ("sketch",)
 
 
-def test_a_shard_needs_its_own_batch_and_urgent_images_only_the_weights(families: list[FakeFamily]) -> None:
+def test_a_model_that_left_a_gpu_comes_back_by_a_copy_and_is_counted_as_a_swap(families: list[Weighty]) -> None:
+    meters = Meters("r", "i")
+    some = gpu_engines(meters=meters)
+    for wanted in (card(), other(), card(), other()):
+        some.give_back(some.take(wanted, GPU))
+    assert [family.loads for family in families] == [2, 2]
+    assert some.kept == ("sketch",)
+    counted = {sample.labels: sample.value for sample in meters.snapshot().samples if sample.name.endswith("_count")}
+    assert counted == {
+        (("model", name), ("kind", kind)): 1.0 for name in ("sketch", "other") for kind in ("load", "swap")
+    }
+
+
+def test_kept_models_are_within_the_nodes_budget_and_the_one_not_used_for_longest_goes(families: list[Weighty]) -> None:
+    some = gpu_engines(host_gib=40.0, renderers=2)  # 20 GiB for this one of two, and each model takes 8
+    for name in ("a", "bb", "ccc"):
+        some.give_back(some.take(other(name), GPU))
+    assert some.kept == ("a", "bb")
+    some.give_back(some.take(other("a"), GPU))
+    assert some.kept == ("bb", "ccc")
+    some.give_back(some.take(other("dddd"), GPU))
+    assert some.kept == ("ccc", "a")
+    assert [family.loads for family in families] == [2, 1, 1, 1]
+
+
+def test_without_a_budget_kept_models_take_half_of_what_is_free(families: list[Weighty]) -> None:
+    free = [40 * GIB]
+    some = gpu_engines(free_bytes=lambda: free[0])
+    for name in ("a", "bb", "ccc"):
+        some.give_back(some.take(other(name), GPU))
+    assert some.kept == ("a", "bb")
+    free[0] = 12 * GIB
+    some.give_back(some.take(other("ccc"), GPU))
+    assert some.kept == ("a", "bb")  # it was loaded still: nobody made room
+    some.give_back(some.take(other("dddd"), GPU))
+    assert some.kept == ("ccc",)
+
+
+def test_with_no_budget_a_model_that_leaves_is_let_go_of(families: list[Weighty]) -> None:
+    some = gpu_engines(host_gib=0.0)
+    some.give_back(some.take(card(), GPU))
+    engine = some.take(other(), GPU)
+    assert (some.kept, families[0].unloads) == ((), 1)
+    some.leave(engine)
+    assert (engine.loaded, engine.parked, families[1].unloads) == (False, False, 1)
+
+
+def test_two_models_on_one_gpu_never_thrash(families: list[Weighty]) -> None:
+    """The queue learns that coming back is cheap, and still lets each model stay for several swaps' worth of work."""
+    some, queue, used, loading_s = gpu_engines(), Queue({}), {"ann": 0.0, "bob": 0.0}, [0.0]
+    cards = {"sketch": card(), "other": other()}
+    queue.put(Waiting("2026-01-01", "a", 50, "ann", "sketch"))
+    queue.put(Waiting("2026-01-01", "b", 50, "bob", "other"))
+    for _ in range(2000):
+        run = queue.choose(some.loaded_model, fits=lambda run: True, renderers=1)
+        assert run is not None
+        before = [family.loads for family in families]
+        some.give_back(some.take(cards[run.model], GPU))
+        after = [family.loads for family in families]
+        came_s = 0.0 if before == after else 30.0 if len(after) > len(before) else 2.0
+        queue.loaded(run.model, came_s)
+        queue.share.charge(run.owner, 5.0 + came_s)
+        used[run.owner] += 5.0 + came_s
+        loading_s[0] += came_s
+    assert len(families) == 2  # each came from its files once
+    assert all(family.loads > 10 for family in families)
+    assert loading_s[0] < sum(used.values()) / SWAPS_WORTH
+    assert 0.9 < used["ann"] / used["bob"] < 1.1
+
+
+def test_a_cpu_keeps_models_loaded_beside_each_other_while_memory_holds_them(families: list[Weighty]) -> None:
+    some = engines(host_gib=20.0)
+    for name in ("a", "bb"):
+        some.give_back(some.take(other(name), numerics()))
+    engine = some.take(other("a"), numerics())
+    assert (some.loaded_model, [family.loads for family in families]) == ("a", [1, 1])
+    some.leave(engine)
+    assert engine.loaded
+    some.give_back(engine)
+    some.give_back(some.take(other("ccc"), numerics()))
+    some.take(other("dddd"), numerics())
+    assert [family.loaded for family in families] == [True, False, True, True]
+
+
+def test_a_cpu_without_room_for_a_second_model_swaps_them(families: list[Weighty]) -> None:
+    some = engines(host_gib=4.0)
+    some.give_back(some.take(card(), numerics()))
+    engine = some.take(other(), numerics())
+    assert [family.loaded for family in families] == [False, True]
+    some.leave(engine)
+    assert (engine.loaded, engine.parked) == (False, False)
+
+
+def test_an_engine_in_use_that_made_room_comes_back_by_a_copy(families: list[Weighty]) -> None:
+    some = gpu_engines()
+    engine = some.take(card(), GPU)
+    some.leave(engine)
+    assert (engine.loaded, engine.parked) == (False, True)
+    some.give_back(some.take_weights(other(), GPU))
+    some.reload(engine)
+    assert (engine.loaded, families[0].loads, some.kept) == (True, 2, ("other",))
+    some.leave(engine)
+    some.give_back(engine)
+    assert some.kept == ("other", "sketch")
+
+
+def test_a_shard_needs_its_own_batch_and_urgent_images_only_the_weights(families: list[Weighty]) -> None:
     some = engines()
     some.give_back(some.take(card(), numerics(batch=4)))
     assert some.take_weights(card(title="Another"), numerics(batch=2)).numerics.batch == 4
     assert some.take(card(), numerics(batch=2)).numerics.batch == 2
 
 
-def test_an_engine_that_made_room_is_loaded_again_and_one_that_was_not_is_forgotten(families: list[FakeFamily]) -> None:
+def test_an_engine_that_made_room_is_loaded_again_and_one_that_was_not_is_forgotten(families: list[Weighty]) -> None:
     some = engines()
     engine = some.take(card(), numerics())
     engine.unload()
@@ -71,9 +210,9 @@ def test_an_engine_that_made_room_is_loaded_again_and_one_that_was_not_is_forgot
     assert len(some) == 0
 
 
-def test_that_an_urgent_image_took_the_room_of_a_shards_model_is_told_once(families: list[FakeFamily]) -> None:
-    some = engines()
-    mine, theirs = (card(), numerics()), (card(name="other", max_sequence_length=32), numerics())
+def test_that_an_urgent_image_took_the_room_of_a_shards_model_is_told_once(families: list[Weighty]) -> None:
+    some = gpu_engines()
+    mine, theirs = (card(), GPU), (other(), GPU)
     some.give_back(some.take(*mine))
     some.give_back(some.take(*theirs))
     engine = some.take(*mine)
@@ -89,7 +228,7 @@ def test_that_an_urgent_image_took_the_room_of_a_shards_model_is_told_once(famil
 
 
 def test_a_model_that_does_not_load_leaves_none_and_the_next_one_loads(
-    families: list[FakeFamily], monkeypatch: pytest.MonkeyPatch
+    families: list[Weighty], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: FakeFamily) -> None:
         raise ModelCardError("no weights")
@@ -104,7 +243,7 @@ def test_a_model_that_does_not_load_leaves_none_and_the_next_one_loads(
 
 
 def test_models_are_loaded_one_at_a_time_and_others_are_taken_meanwhile(
-    families: list[FakeFamily], monkeypatch: pytest.MonkeyPatch
+    families: list[Weighty], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some = engines()
     ready = some.take(card(), numerics())

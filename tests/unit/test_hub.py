@@ -8,7 +8,8 @@ from huggingface_hub import constants
 
 from farm.errors import ModelCardError
 from farm.hub import commit_of
-from farm.modelcard import Source, pinned
+from farm.modelcard import Source
+from farm.weights import pinned
 from tests.drawing import card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -18,7 +18,7 @@ from farm.ledger import Ledger
 from farm.passes import Everything, Others
 from farm.plan import Plan
 from farm.receipt import ImageRow, Receipt
-from farm.records import Control, Profile, Totals
+from farm.records import Control, Profile, ShapeSpeed, Stages, Totals
 from farm.status import images_done
 from farm.storage.local import LocalStore
 from tests.unit.finished_jobs import make_plan
@@ -399,6 +399,28 @@ def test_a_profile_reads_back_and_a_broken_one_counts_as_none(ledger: Ledger, st
     assert [info.key for info in store.list("profiles/")] == ["profiles/shapes/nvidia-rtx-4090-16-gib.json"]
     store.put("profiles/shapes/nvidia-rtx-4090-16-gib.json", b"{")
     assert ledger.profile("shapes", profile.device) is None
+
+
+def test_a_jobs_profile_leaves_the_stages_that_a_benchmark_measured(ledger: Ledger) -> None:
+    stages = Stages(
+        load_s=2.0,
+        encode_s=0.1,
+        guidance_scale=0.0,
+        guided_above=0.0,
+        shapes=(ShapeSpeed(width=64, height=64, step_s=0.01, decode_s=0.02),),
+        batch=8,
+        peak_gib={"decode": 0.5},
+        dtype="float32",
+        versions={},
+        measured_at="2026-11-21T10:00:00+00:00",
+    )
+    fields = {"model": "shapes", "device": "cpu", "width": 64, "height": 64, "num_inference_steps": 4, "batch": 8}
+    fields |= {"images": 100, "measured_at": "2026-11-21T10:00:00+00:00"}
+    ledger.put_profile(Profile(**fields, seconds_per_image=0.25, stages=stages))
+    ledger.put_profile(Profile(**fields, seconds_per_image=0.5))
+    found = ledger.profile("shapes", "cpu")
+    assert found is not None
+    assert (found.seconds_per_image, found.stages) == (0.5, stages)
 
 
 def test_ten_million_images_take_little_to_look_over(ledger: Ledger, store: CountingStore) -> None:

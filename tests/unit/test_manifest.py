@@ -306,10 +306,3 @@ def test_file_that_is_not_there_or_a_folder_is_named(tmp_path: Path) -> None:
         load_manifest(tmp_path / "absent.yaml")
     with pytest.raises(ManifestError, match="this is a folder, not a manifest; name the file in it"):
         load_manifest(tmp_path)
-
-
-def test_every_example_loads() -> None:
-    folder = Path(__file__).parents[2] / "manifests"
-    files = [*sorted(folder.glob("*.yaml")), *sorted((folder / "examples").glob("*.yaml"))]
-    assert len(files) == 6
-    assert {load_manifest(file).manifest.model for file in files} == {"sketch"}

@@ -1,12 +1,13 @@
 """Cards: found, read, resolved, and what they allow."""
 
+import math
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farm.errors import ModelCardError, UnknownModelError
+from farm.errors import ManifestError, ModelCardError, UnknownModelError
 from farm.modelcard import (
     ModelCard,
     ParamOverrides,
@@ -16,12 +17,13 @@ from farm.modelcard import (
     load_card,
     merged,
     nearest_size,
+    negative_of,
     param_fault,
-    pinned,
+    resolved,
     size_fault,
-    source_folder,
 )
 from farm.settings import Settings
+from farm.weights import pinned, source_folder
 from tests.unit.finished_jobs import CARD
 
 TEXT = """\
@@ -46,12 +48,43 @@ def write(folder: Path, text: str, name: str = "mine") -> Path:
 
 def test_bundled_cards_are_sound() -> None:
     cards = {card.name: card for card in list_cards(Settings())}
-    assert list(cards) == ["sketch", "z-image-turbo"]
+    assert list(cards) == [
+        "newbie-image-exp0.1",
+        "qwen-image-2512",
+        "qwen-image-2512-lightning-4",
+        "qwen-image-2512-lightning-8",
+        "sketch",
+        "z-image-turbo",
+    ]
     assert cards["sketch"].limits.sizes == ((64, 64),)
     assert cards["z-image-turbo"].defaults.guidance_scale == 0
     assert cards["z-image-turbo"].seconds_per_image == {}
     for card in cards.values():
-        assert list(card.presets) == ["draft", "standard", "final"]
+        assert list(card.presets)[:3] == ["draft", "standard", "final"]
+        for preset in card.presets.values():
+            assert param_fault(card, merged(card.defaults, preset)) is None
+            assert not resolved(card, merged(card.defaults, preset)).negative_prompt.startswith("@")
+
+
+def test_bundled_cards_say_what_their_models_authors_say() -> None:
+    cards = {card.name: card for card in list_cards(Settings())}
+    qwen, newbie, turbo = (cards[name] for name in ("qwen-image-2512", "newbie-image-exp0.1", "z-image-turbo"))
+    assert (qwen.defaults.num_inference_steps, qwen.defaults.guidance_scale) == (50, 4.0)
+    assert qwen.defaults.negative_prompt == " "  # without one its guidance is off
+    assert [qwen.presets[name].num_inference_steps for name in ("draft", "standard", "final")] == [20, 40, 60]
+    assert qwen.denoiser is not None
+    assert (qwen.denoiser.hub, qwen.denoiser.format) == ("unsloth/Qwen-Image-2512-GGUF", "gguf")
+    for steps in (4, 8):
+        lightning = cards[f"qwen-image-2512-lightning-{steps}"]
+        assert (lightning.defaults.num_inference_steps, lightning.defaults.guidance_scale) == (steps, 1.0)
+        assert lightning.scheduler is not None
+        assert lightning.scheduler.options["base_shift"] == lightning.scheduler.options["max_shift"] == math.log(3)
+        assert f"-{steps}steps-" in lightning.adapters[0].file
+    assert (newbie.defaults.num_inference_steps, newbie.defaults.guidance_scale) == (28, 5.0)
+    assert newbie.licence_warning == "for non-commercial use only"
+    guided = {name for name, preset in turbo.presets.items() if preset.guidance_scale}
+    assert guided == {name for name, preset in turbo.presets.items() if preset.warning}
+    assert guided == {"article-anime", "article-photo", "article-art", "article-concept"}
 
 
 def test_unknown_model_names_the_nearest_and_how_to_add_one(tmp_path: Path) -> None:
@@ -61,7 +94,7 @@ def test_unknown_model_names_the_nearest_and_how_to_add_one(tmp_path: Path) -> N
     assert caught.value.message == (
         "no model card is called 'mien'; did you mean mine? (FARM_MODELS names a folder of more)"
     )
-    with pytest.raises(UnknownModelError, match="known here: mine, sketch, z-image-turbo") as caught:
+    with pytest.raises(UnknownModelError, match=r"known here: mine, newbie-image-exp0\.1, .*, sketch, z-image-turbo"):
         find_card("qqqq", Settings(models=tmp_path))
 
 
@@ -164,6 +197,105 @@ def test_bad_card_is_refused_with_its_line(tmp_path: Path, old: str, new: str, m
     with pytest.raises(ModelCardError) as caught:
         load_card(file)
     assert caught.value.message.removeprefix(str(file)).startswith(message)
+
+
+PARTS = """\
+denoiser: {path: q, file: m.gguf, format: gguf}
+decoder: {path: ../vae}
+adapters:
+  - {name: a, hub: some/lora, file: a.safetensors}
+  - {name: b, path: loras, file: b.safetensors, weight: 0.5}
+scheduler: {name: flow-euler, options: {base_shift: 1.1, shift_terminal: null}}
+quantise: {encoder: nf4}
+options: {encoder_on: cpu}
+negative_prompts: {plain: "blurry, ugly"}
+"""
+
+
+def test_every_path_of_a_card_is_resolved_against_it(tmp_path: Path) -> None:
+    (tmp_path / "cards").mkdir()
+    card = load_card(write(tmp_path / "cards", TEXT + PARTS))
+    assert card.denoiser is not None
+    assert card.decoder is not None
+    assert (card.denoiser.path, card.decoder.path) == (str(tmp_path / "cards" / "q"), str(tmp_path / "vae"))
+    assert [adapter.path for adapter in card.adapters] == [None, str(tmp_path / "cards" / "loras")]
+    assert card.adapters[1].weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{path: ../vae}", "{}", ":12: decoder: needs one of path, hub and s3; name where the weights are"),
+        ("hub: some/lora, ", "", ":14: adapters.0: needs one of path, hub and s3; name where the weights are"),
+        ("{path: ../vae}", "{s3: bucket/x}", ":12: decoder.s3: must be s3://bucket/prefix, got 'bucket/x'; mend it"),
+        ("file: m.gguf", "file: m.bin", ":11: denoiser.file: must be a .gguf file, got 'm.bin'; name such a file"),
+        ("file: b.s", "file: ../b.s", ":15: adapters.1.file: must be a name below its folder, got '../b.safetensors'"),
+        ("file: a.safetensors", "file: a.pt", ":14: adapters.0.file: must be a .safetensors file, got 'a.pt'; name"),
+        ("{name: b,", "{name: a,", ":15: adapters.1.name: two adapters are called a; rename one"),
+        ("{name: b,", "{name: b, wieght: 2,", ":15: unknown key `wieght` in adapters.1; did you mean weight?"),
+        (
+            "flow-euler",
+            "flow-eular",
+            ":16: scheduler.name: must be one of flow-euler, flow-heun, flow-dpm++, flow-unipc",
+        ),
+        ("{base_shift: 1.1,", "{base_shift: [1],", ":16: scheduler.options.base_shift: "),
+        (
+            "{encoder: nf4}",
+            "{denoiser: nf4}",
+            ":17: quantise.denoiser: the denoiser is quantised already, in its GGUF file",
+        ),
+        (
+            "encoder_on: cpu",
+            "encoder_at: cpu",
+            ":18: options.encoder_at: is no option of the family z-image; did you mean enc",
+        ),
+        ("encoder_on: cpu", "encoder_on: disk", ":18: options.encoder_on: must be cpu, got 'disk'; change it"),
+        (
+            "{num_inference_steps: 4}",
+            '{negative_prompt: "@plane"}',
+            ":10: presets.draft.negative_prompt: '@plane': mine has",
+        ),
+        ("family: z-image", "family: newbie", ":13: adapters: the family newbie takes none; leave it out"),
+    ],
+)
+def test_parts_that_cannot_be_are_refused_with_their_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    file = write(tmp_path, (TEXT + PARTS).replace(old, new))
+    with pytest.raises(ModelCardError) as caught:
+        load_card(file)
+    assert caught.value.message.removeprefix(str(file)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{shfit: 6}", "options.shfit: is no option of the family newbie; did you mean shift?"),
+        ("{shift: true}", "options.shift: must be a number, got true; change it"),
+        ("{system_prompt: 6}", "options.system_prompt: must be text, got 6; change it"),
+    ],
+)
+def test_options_are_those_of_the_family(tmp_path: Path, options: str, message: str) -> None:
+    newbie = TEXT.replace("family: z-image", "family: newbie")
+    assert load_card(write(tmp_path, newbie + "options: {shift: 6}")).options == {"shift": 6}
+    with pytest.raises(ModelCardError) as caught:
+        load_card(write(tmp_path, f"{newbie}options: {options}"))
+    assert message in caught.value.message
+
+
+def test_negative_prompts_go_by_name() -> None:
+    card = CARD.model_copy(update={"negative_prompts": {"standard": "blurry", "anime": "extra fingers"}})
+    assert negative_of(card, "@anime") == "extra fingers"
+    assert negative_of(card, "plain @anime") == "plain @anime"
+    assert negative_of(card, "@@anime") == "@anime"
+    assert resolved(card, ParamOverrides(width=64)) == ParamOverrides(width=64)
+    assert resolved(card, ParamOverrides(negative_prompt="@standard")).negative_prompt == "blurry"
+    with pytest.raises(ManifestError) as caught:
+        negative_of(card, "@animes")
+    assert caught.value.message == (
+        "negative_prompt '@animes': shapes has no negative prompt of that name; did you mean @anime? "
+        "(@@ begins a text with an @)"
+    )
+    with pytest.raises(ManifestError, match="of that name; it has none "):
+        negative_of(CARD, "@anime")
 
 
 def test_merged_lets_the_later_win() -> None:

@@ -9,8 +9,17 @@ from hypothesis import strategies as st
 
 from farm.errors import ManifestError, NewerVersionError
 from farm.manifest import Manifest
-from farm.modelcard import ParamOverrides
-from farm.plan import Numerics, Plan, PromptRow, PromptTable, SeedRule, shard_size
+from farm.modelcard import Adapter, ParamOverrides, Source
+from farm.plan import (
+    Numerics,
+    Plan,
+    PromptRow,
+    PromptTable,
+    SeedRule,
+    canonical_digest,
+    card_identity,
+    shard_size,
+)
 from tests.unit.finished_jobs import CARD
 
 KEY_SEED = 728784653
@@ -198,3 +207,20 @@ def test_plan_of_a_newer_farm_is_refused_before_anything_else() -> None:
 def test_more_than_2_to_the_53_images_are_refused() -> None:
     with pytest.raises(ManifestError, match="images, more than the 9007199254740992 a job may have"):
         plan(prompts=PromptTable(rows=2**52, parts=0, keyed=False, digest=""))
+
+
+def test_what_is_laid_over_a_models_weights_is_part_of_its_identity() -> None:
+    plain = card_identity(CARD)
+    adapter = Adapter(path="/loras", file="l.safetensors", name="l", revision="sha256:1")
+    changes: list[dict[str, object]] = [
+        {"adapters": (adapter,)},
+        {"adapters": (adapter.model_copy(update={"weight": 0.5}),)},
+        {"decoder": Source(hub="some/vae", revision="0" * 40)},
+        {"quantise": {"encoder": "nf4"}},
+        {"options": {"shift": 6.0}},
+    ]
+    identities = [plain, *(card_identity(CARD.model_copy(update=change)) for change in changes)]
+    assert len({canonical_digest(identity) for identity in identities}) == 6
+    moved = adapter.model_copy(update={"path": "/elsewhere"})
+    assert card_identity(CARD.model_copy(update={"adapters": (moved,)})) == identities[1]
+    assert "adapters" not in plain

@@ -140,10 +140,32 @@ def test_a_column_that_one_row_lacks_is_null_there() -> None:
 
 
 def test_a_newer_receipt_is_refused() -> None:
-    data = rewritten(RECEIPT.to_parquet(), lambda table: with_head(table, version=2, invented="later"))
+    data = rewritten(RECEIPT.to_parquet(), lambda table: with_head(table, version=3, invented="later"))
     with pytest.raises(NewerVersionError) as caught:
         Receipt.from_parquet(data, "s3://b/k")
-    assert caught.value.message == "s3://b/k: a receipt of version 2, this farm reads up to 1; upgrade this farm"
+    assert caught.value.message == "s3://b/k: a receipt of version 3, this farm reads up to 2; upgrade this farm"
+
+
+def test_a_receipt_of_before_warnings_reads_as_having_none() -> None:
+    def as_before(table: pa.Table) -> pa.Table:
+        head = with_head(table, version=1).schema.metadata
+        names = [
+            "warnings" if name == "carried_warnings" else name for name in table.schema.names if name != "warnings"
+        ]
+        return table.drop_columns(["warnings"]).rename_columns(names).replace_schema_metadata(head)
+
+    old = rewritten(carrying({"score": 0.5, "warnings": "mine"}, {"score": 1.5}).to_parquet(), as_before)
+    rows = Receipt.from_parquet(old, "here").rows
+    assert [row.warnings for row in rows] == [None, None]
+    assert [row.carry for row in rows] == [
+        {"score": 0.5, "carried_warnings": "mine"},
+        {"score": 1.5, "carried_warnings": None},
+    ]
+
+
+def test_warnings_read_back() -> None:
+    warned = replace(RECEIPT, rows=(replace(OK, warnings="unknown_pose,brand"), FAILED))
+    assert read(warned) == warned
 
 
 @pytest.mark.parametrize("cut", [0, 1, 4, 100, -1, -8, -100])

@@ -39,6 +39,11 @@ batch: {cpu: 4}
 defaults: {width: 64, height: 64, num_inference_steps: 8, guidance_scale: 2.5}
 presets: {draft: {num_inference_steps: 4}}
 """
+WARNED = CARD.replace(
+    "presets: {",
+    "licence_warning: for study alone\nnegative_prompts: {plain: 'blurry, ugly'}\n"
+    "presets: {bold: {guidance_scale: 9, negative_prompt: '@plain', warning: its authors give 2.5}, ",
+)
 DEVICE = DeviceInfo("cpu", "a CPU", (), 2)
 NOW = "2026-01-01T00:00:00Z"
 HEAD = "name: job\nmodel: shapes\n"
@@ -666,3 +671,57 @@ def test_draft_of_a_job_that_is_half_done_counts_what_is_left(bench: Bench) -> N
     bench.jsonl("a", "b", "c")
     appended = draft(bench.request(text), bench.ledger, now=NOW)
     assert (appended.state, appended.outlook.seconds_needed, appended.outlook.images_needed) == ("appended", 20.0, 6)
+
+
+def warned(tmp_path: Path) -> Bench:
+    bench = Bench(tmp_path)
+    (tmp_path / "cards" / "shapes.yaml").write_text(WARNED)
+    return bench
+
+
+def test_a_card_warns_of_its_licence_and_of_a_preset(tmp_path: Path) -> None:
+    bench = warned(tmp_path)
+    assert [one.code for one in bench.request(HEAD + "prompts: [a]\n").warnings] == ["licence"]
+    licence, preset = bench.request(HEAD + "preset: bold\nprompts: [a]\n").warnings
+    assert (licence.code, licence.text) == ("licence", "shapes is under none: for study alone")
+    assert (preset.code, preset.text) == ("preset", "preset bold of shapes: its authors give 2.5")
+
+
+def test_negative_prompts_go_by_name_in_presets_params_sweeps_and_rows(tmp_path: Path) -> None:
+    bench = warned(tmp_path)
+    (tmp_path / "p.csv").write_text("prompt,not\na,@plain\nb,@@home\nc,\nd,text\n")
+    assert bench.request(HEAD + "preset: bold\nprompts: [a]\n").params.negative_prompt == "blurry, ugly"
+    text = HEAD + "params: {negative_prompt: '@@plain'}\nprompts: {file: p.csv, per_row: {negative_prompt: not}}\n"
+    plan = bench.submit(text.replace("p.csv", str(tmp_path / "p.csv"))).plan
+    specs = PromptReader(plan, bench.ledger).specs(range(plan.images))
+    assert [spec.params.negative_prompt for spec in specs] == ["blurry, ugly", "@home", "@plain", "text"]
+    swept = bench.request(HEAD + "sweep: {negative_prompt: ['', '@plain']}\nprompts: [a]\n")
+    assert [point.negative_prompt for point in swept.points] == ["", "blurry, ugly"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "params: {negative_prompt: '@plan'}\nprompts: [a]\n",
+            "m.yaml:3: params.negative_prompt '@plan': shapes has no",
+        ),
+        (
+            "sweep: {negative_prompt: ['@plan']}\nprompts: [a]\n",
+            "m.yaml:3: sweep.negative_prompt '@plan': shapes has no",
+        ),
+    ],
+)
+def test_a_negative_prompt_that_no_card_has_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        warned(tmp_path).request(HEAD + text)
+    assert caught.value.message.removeprefix(f"{tmp_path}/").startswith(message)
+    assert "; did you mean @plain? (@@ begins a text with an @)" in caught.value.message
+
+
+def test_a_row_that_names_no_negative_prompt_of_the_card_is_refused(tmp_path: Path) -> None:
+    bench = warned(tmp_path)
+    (tmp_path / "p.csv").write_text("prompt,not\na,@plain\nb,@none\n")
+    text = f"{HEAD}prompts: {{file: {tmp_path / 'p.csv'}, per_row: {{negative_prompt: not}}}}\n"
+    with pytest.raises(PromptError, match=r"p\.csv:3: negative_prompt '@none': shapes has no .*; it has @plain"):
+        bench.submit(text)

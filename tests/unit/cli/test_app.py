@@ -17,7 +17,7 @@ from tests.unit.cli.conftest import Place
 HEAVY = ("torch", "diffusers", "transformers", "ray", "pyarrow", "numpy", "pydantic", "PIL", "boto3")
 COMMANDS = (
     *("render", "plan", "status", "pause", "resume", "cancel", "approve", "change", "retry"),
-    *("verify", "reproduce", "pull", "du", "gc", "delete", "models", "doctor"),
+    *("verify", "reproduce", "pull", "du", "gc", "delete", "doctor"),
 )
 
 

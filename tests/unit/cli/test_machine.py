@@ -7,25 +7,6 @@ from farm.doctor import Check
 from tests.unit.cli.conftest import Place
 
 
-def test_models_lists_cards_and_whether_their_weights_are_here(farm: Place) -> None:
-    lines = farm("models").out.splitlines()
-    assert lines[0].split() == ["name", "title", "family", "size", "steps", "licence", "weights"]
-    shapes = next(line for line in lines if line.startswith("shapes"))
-    assert shapes.split() == ["shapes", "Shapes", "sleep", "64×64", "4", "Apache-2.0", "here"]
-
-
-def test_one_model_in_full(farm: Place) -> None:
-    ended = farm("models", "shapes")
-    assert "  defaults   64×64, 4 steps, guidance 2.5\n" in ended.out
-    assert json.loads(farm("models", "shapes", "--json").out)["weights"] == "here"
-
-
-def test_an_unknown_model_names_the_nearest(farm: Place) -> None:
-    ended = farm("models", "shape")
-    assert ended.code == 2
-    assert "did you mean shapes?" in ended.error
-
-
 def test_doctor_without_a_render_finds_this_place_sound(farm: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = farm("doctor", "--no-render", "--json")
     checks = {(check["name"], check["status"]) for check in json.loads(ended.out)["checks"]}

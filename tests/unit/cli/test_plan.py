@@ -2,6 +2,8 @@ import json
 import re
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
 from farm.devices import local_device
 from farm.records import Profile
 from tests.unit.cli.conftest import FakeFarm, Place
@@ -90,3 +92,35 @@ def test_a_finish_by_that_is_not_met_says_how_many_renderers_would_do(farm: Plac
     assert (limits["in_time"], limits["within_budget"], limits["renderers_needed"]) == (False, False, 3)
     ended = farm("plan", farm.manifest(finish_by=in_hours(0.5)), "--renderers", "1")
     assert "not met, with 5 h 00 min on 1 renderer; no number of them is enough\n" in ended.out
+
+
+def test_plan_says_where_the_models_parts_lie(farm: Place) -> None:
+    ended = farm("plan", farm.manifest(model="sketch"))
+    assert re.search(
+        r"  placement  CPU, \d+ cores: resident: 0\.0 GiB in main memory, batch \d+; urgent images: ", ended.out
+    )
+    asked = farm("plan", farm.manifest(model="sketch"), "--device", "RTX 3060:12", "--device", "RTX 4090:24").out
+    assert (
+        "  placement  1 × RTX 3060: resident: all parts stay (text encoder 0.0 GiB, denoiser 0.0, decoder 0.0)" in asked
+    )
+    assert "11.0 GiB; urgent images: within a step\n  placement  1 × RTX 4090: resident: " in asked
+    assert "15.0 GiB; urgent images: within a step\n" in asked
+    record = json.loads(farm("plan", farm.manifest(model="sketch"), "--vram", "12", "--json").out)
+    assert [(one["device"], one["layout"]) for one in record["placements"]] == [("GPU of 12 GiB", "resident")]
+
+
+def test_plan_without_the_weights_says_how_to_get_them(farm: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farm.fitting.are_here", lambda card, settings: False)
+    ended = farm("plan", farm.manifest(model="sketch"))
+    assert "  placement  unknown: the weights are not here yet; farm models pull sketch brings them\n" in ended.out
+    assert json.loads(farm("plan", farm.manifest(model="sketch"), "--json").out)["placements"] is None
+
+
+def test_plan_names_the_device_that_cannot_draw_it(farm: Place) -> None:
+    ended = farm("plan", farm.manifest(model="sketch"), "--device", "GT 1030:1")
+    assert (
+        "  placement  GT 1030: cannot draw it: model sketch does not fit GT 1030: its largest phase needs" in ended.out
+    )
+    assert ended.code == 0
+    wrong = farm("plan", farm.manifest(model="sketch"), "--device", "RTX 4060 Ti")
+    assert wrong.error == "--device RTX 4060 Ti: write its name and its memory in GiB, as --device 'RTX 4060 Ti:16'"

@@ -30,6 +30,21 @@ def test_a_tag_within_itself_is_closed_twice() -> None:
     assert read("<box>", "<box a='1'>", "</box>", "</box>", "x") == ["<box>\n<box a='1'>\n</box>\n</box>", "x"]
 
 
+def test_a_scene_is_read_on_through_its_characters_to_the_end_of_its_general_tags() -> None:
+    scene = [
+        "<character_1>",
+        "<n>a</n>",
+        "</character_1>",
+        "",
+        "<character_2><n>b</n></character_2>",
+        "",
+        "<general_tags>",
+    ]
+    scene += ["<style>x</style>", "</general_tags>"]
+    assert read(*scene, "a blue star") == ["\n".join(scene), "a blue star"]
+    assert read("<character_1><n>a</n></character_1>", "", "", "x") == ["<character_1><n>a</n></character_1>", "x"]
+
+
 def test_a_blank_line_or_the_end_closes_what_is_open() -> None:
     assert read("<scene>", "red", "", "x") == ["<scene>\nred", "x"]
     assert read("<scene>", "red") == ["<scene>\nred"]
@@ -48,6 +63,14 @@ def test_settings_are_changed_put_back_and_shown() -> None:
     assert settings.values == {"size": "64x64"}
     assert settings.lines()[0] == "  model     sketch"
     assert "  size      64x64" in settings.lines()
+
+
+def test_a_licence_is_warned_of_once_and_a_prompt_each_time() -> None:
+    settings = Settings("newbie")
+    licence, brand = {"code": "licence", "text": "not for sale"}, {"code": "brand", "text": "names a brand"}
+    assert settings.news([licence, brand]) == [licence, brand]
+    assert settings.news([licence, brand]) == [brand]
+    assert settings.news(None) == []
 
 
 @pytest.mark.parametrize(

@@ -169,3 +169,11 @@ def test_a_job_that_the_farm_stopped_is_shown_as_such(capsys: pytest.CaptureFixt
         ["held", "stalled"],
         ["goes", "open"],
     ]
+
+
+def test_submit_says_what_the_farm_warns_of(there: Place) -> None:
+    there.write("job.yaml", MANIFEST.format(name="warned").replace("a blue star", "a nike shoe"))
+    said = "names a brand (nike), which tends to be drawn as a logo; take it out"
+    assert f"warning: manifest:3: prompt 2: {said}\n" in there("submit", "job.yaml").err
+    record = json.loads(there("submit", "job.yaml", "--json").out)
+    assert record["warnings"] == [{"code": "brand", "text": said, "where": "manifest:3: prompt 2"}]

@@ -14,12 +14,12 @@ from diffusers import ZImagePipeline
 
 from farm.engine import Engine, Picture
 from farm.errors import ModelCardError, NumericsError, OutOfMemoryError
-from farm.modelcard import pinned
 from farm.models.device import Device
 from farm.models.family import Decoded
 from farm.models.zimage import ZImageFamily
 from farm.placement import DRAWING
 from farm.plan import ImageSpec
+from farm.weights import pinned
 from tests.drawing import card, numerics, spec, write_tiny_zimage
 
 LONG = "a red circle and " * 12
@@ -334,3 +334,18 @@ def test_unloading_lets_go_of_everything(folder: Path) -> None:
     assert not [value for value in vars(family).values() if isinstance(value, torch.nn.Module)]
     family.load()
     assert family.tokenize("a red circle").ids
+
+
+def test_a_model_that_was_parked_comes_back_without_its_files(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    engine = Engine(card(copy), numerics(), "cpu", 16.0)
+    engine.load()
+    before: list[Picture] = []
+    after: list[Picture] = []
+    engine.render([spec(0)], on_picture=before.append)
+    assert engine.park()
+    shutil.rmtree(copy)
+    engine.load()
+    engine.render([spec(0)], on_picture=after.append)
+    assert np.array_equal(before[0].pixels, after[0].pixels)

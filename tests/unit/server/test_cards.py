@@ -8,10 +8,11 @@ import pytest
 
 from farm.devices import DeviceInfo
 from farm.errors import UnknownModelError
-from farm.modelcard import find_card, pinned
+from farm.modelcard import find_card
 from farm.server import cards as module
 from farm.server.cards import Cards
 from farm.settings import Settings
+from farm.weights import pinned
 
 CPU = DeviceInfo("cpu", "a CPU", (), 4)
 

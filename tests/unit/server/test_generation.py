@@ -179,3 +179,12 @@ def test_a_size_that_is_none_says_how_to_write_one(size):
 
 def test_a_whole_number_is_a_scale_too():
     assert asked(guidance_scale=2).guidance_scale == 2.0
+
+
+def test_a_negative_prompt_goes_by_its_name_in_the_card():
+    assert drawn(TURBO, negative_prompt="@article-photo").params.negative_prompt == "blurry, distorted"
+    assert drawn(TURBO, quality="article-art").params.negative_prompt == "dull, low contrast"
+    assert drawn(TURBO, negative_prompt="@@home").params.negative_prompt == "@home"
+    message, param = refusal(TURBO, negative_prompt="@article-foto")
+    assert param == "negative_prompt"
+    assert "z-image-turbo has no negative prompt of that name; did you mean @article-photo?" in message

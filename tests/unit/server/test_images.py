@@ -45,6 +45,26 @@ async def by_hand(farm: FarmInProcess, **headers: str) -> AsyncIterator[httpx2.A
         yield http
 
 
+def test_warnings_come_with_the_answer(tmp_path):
+    async def test(farm: FarmInProcess, _client: Any) -> None:
+        async with by_hand(farm) as http:
+            plain = await http.post(PATH, json=ASK)
+            assert "warnings" not in plain.json()
+            asked = {**ASK, "prompt": None, "prompts": ["a red circle", "nike shoes", "nike shoes"]}
+            warned = (await http.post(PATH, json=asked)).json()
+        assert warned["warnings"] == [
+            {
+                "code": "brand",
+                "text": "names a brand (nike), which tends to be drawn as a logo; take it out",
+                "where": "prompts.1",
+            }
+        ]
+        assert len(warned["data"]) == 3
+        ImagesAnswer.model_validate(warned)
+
+    with_farm(tmp_path, test)
+
+
 def test_the_openai_client_draws_a_picture_with_a_seed(tmp_path):
     async def test(farm: FarmInProcess, client: openai.AsyncOpenAI) -> None:
         first = await client.images.generate(

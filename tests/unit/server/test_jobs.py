@@ -50,6 +50,25 @@ def message(answer: Any) -> str:
 # Submitting
 
 
+def test_a_scene_becomes_the_prompt_that_is_drawn_and_warnings_come_with_the_answer(tmp_path: Path) -> None:
+    farm = FarmAtRest(tmp_path)
+    body = MANIFEST | {"prompts": ["a red square", {"general_tags": {"style": "anime_style"}}]}
+    made = put(farm, body)
+    assert made.status_code == 201, made.text
+    text = "a structured prompt, which models of the family z-image take for plain words; say it in sentences"
+    assert made.json()["warnings"] == [{"code": "xml_unread", "text": text, "where": "manifest: prompt 2"}]
+    plan = farm.ledger.plans("captions")[0]
+    assert plan.manifest.prompts == (
+        "a red square",
+        "<general_tags>\n<style>anime_style</style>\n</general_tags>",
+    )
+    assert put(farm, body).json()["warnings"] == made.json()["warnings"]
+
+
+def test_a_job_with_nothing_against_it_has_no_warnings(tmp_path: Path) -> None:
+    assert put(FarmAtRest(tmp_path)).json()["warnings"] == []
+
+
 def test_a_manifest_becomes_a_job_and_the_farm_is_told(tmp_path: Path) -> None:
     farm = FarmAtRest(tmp_path)
     answer = put(farm)
@@ -146,7 +165,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read_whole(tmp_path: P
         (
             MANIFEST | {"model": "nothing"},
             404,
-            "manifest: no model card is called 'nothing'; known here: sketch, z-image-turbo",
+            "manifest: no model card is called 'nothing'; known here: ",
         ),
         (MANIFEST | {"model": "../sketch"}, 404, "no model card is called '../sketch'"),
         (MANIFEST | {"prompts": {"file": "/etc/passwd"}}, 400, "a manifest sent over HTTP reads no files here"),

@@ -182,3 +182,33 @@ def test_yaml_that_is_no_manifest_is_refused_in_words(text: str, message: str) -
 def test_yaml_in_another_encoding_is_refused(encoding: str) -> None:
     with pytest.raises(ManifestError, match=r"not UTF-8|binary data"):
         of_yaml("name: Größe\nmodel: sketch\n".encode(encoding))
+
+
+SCENE = PLAIN | {"prompts": [{"characters": [{"use": "miku"}]}]}
+
+
+def test_an_include_below_an_allowed_prefix_is_read() -> None:
+    asked: list[str] = []
+
+    def read_url(url: str) -> bytes:
+        asked.append(url)
+        return b"characters:\n  miku: {n: hatsune_miku}\n"
+
+    body = json.dumps(SCENE | {"include": "s3://team/c.yaml"}).encode()
+    loaded = manifest_from(body, is_yaml=False, sources=SOURCES, read_url=read_url)
+    assert loaded.manifest.prompts == ("<character_1>\n<n>hatsune_miku</n>\n</character_1>",)
+    assert asked == ["s3://team/c.yaml"]
+
+
+@pytest.mark.parametrize("file", ["c.yaml", "/etc/passwd", "file:///etc/passwd", "s3://captions/private/c.yaml"])
+def test_nothing_else_is_included(file: str) -> None:
+    def read_url(url: str) -> bytes:
+        raise AssertionError(url)
+
+    for sources, said in (
+        (SOURCES, "must lie below s3://captions/public/ or s3://team, got"),
+        ((), "reads no files here"),
+    ):
+        body = json.dumps(SCENE | {"include": [file]}).encode()
+        with pytest.raises(ManifestError, match=f"manifest: include.0: .*{said}"):
+            manifest_from(body, is_yaml=False, sources=sources, read_url=read_url)

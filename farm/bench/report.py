@@ -1,0 +1,248 @@
+"""A benchmark of a model as a record and as a page: tables, how it was measured, on what. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from farm.bench.figures import Drawn, Measured, Point, Spread, spread_of, thinned
+from farm.modelcard import ModelCard
+from farm.plan import Numerics, card_identity
+from farm.records import Profile, ShapeSpeed, Stages
+
+SAMPLES_KEPT = 2000
+WARM = (("whole picture", "seconds"), ("encode", "encode_s"), ("denoise", "denoise_s"), ("decode", "decode_s"))
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What was measured, on what and how. `held`: what the memory's figures are of; `environment`: date, machine, versions."""
+
+    card: ModelCard
+    numerics: Numerics
+    device: str
+    vram_gib: float
+    prompts: tuple[str, ...]
+    negative_prompt: str
+    seed: int
+    images: int
+    rounds: int
+    interval_s: float
+    held: str
+    measured_at: str
+    environment: Mapping[str, str | int]
+    command: str
+
+
+def profile_of(setup: Setup, measured: Measured) -> Profile:
+    """Return what placement and time estimates are to know: the job's own shape, and the sizes that were swept."""
+    job = measured.job
+    shapes = {(job.width, job.height): job}
+    for point in measured.points:
+        if point.part == "size" and point.failed is None:
+            shapes.setdefault((point.width, point.height), point)
+    return Profile(
+        model=setup.card.name,
+        device=setup.device,
+        seconds_per_image=job.seconds_per_image,
+        width=job.width,
+        height=job.height,
+        num_inference_steps=job.num_inference_steps,
+        batch=job.batch,
+        images=job.batch * job.batches,
+        measured_at=setup.measured_at,
+        stages=Stages(
+            load_s=measured.cold.load_s,
+            encode_s=job.encode_s,
+            guidance_scale=job.guidance_scale,
+            guided_above=measured.guided_above,
+            shapes=tuple(
+                ShapeSpeed(width=width, height=height, step_s=point.step_s, decode_s=point.decode_s)
+                for (width, height), point in shapes.items()
+            ),
+            batch=job.batch,
+            peak_gib={phase: round(gib, 3) for phase, gib in measured.peak_gib.items()},
+            dtype=setup.numerics.dtype,
+            quantise=_quantised(setup),
+            versions=setup.numerics.versions,
+            measured_at=setup.measured_at,
+        ),
+    )
+
+
+def record_of(setup: Setup, measured: Measured) -> dict[str, Any]:
+    """Return everything as JSON values, the memory's samples thinned."""
+    return {
+        "model": card_identity(setup.card),
+        "device": setup.device,
+        "vram_gib": setup.vram_gib,
+        "numerics": setup.numerics.model_dump(mode="json"),
+        "quantise": _quantised(setup),
+        "measured_at": setup.measured_at,
+        "environment": dict(setup.environment),
+        "command": setup.command,
+        "prompts": list(setup.prompts),
+        "negative_prompt": setup.negative_prompt,
+        "seed": setup.seed,
+        "cold": {**asdict(measured.cold), "seconds": measured.cold.seconds},
+        "warm": {name: asdict(spread) for name, spread in warm_spreads(measured).items()},
+        "job": asdict(measured.job),
+        "points": [asdict(point) for point in measured.points],
+        "memory": {
+            "of": setup.held,
+            "before_gib": measured.before_gib,
+            "peak_gib": dict(measured.peak_gib),
+            "samples": [[round(one.at_s, 3), one.held_bytes] for one in thinned(measured.samples, SAMPLES_KEPT)],
+        },
+        "drawn": [asdict(one) for one in measured.drawn],
+    }
+
+
+def warm_spreads(measured: Measured) -> dict[str, Spread]:
+    """Return how the warm pictures' seconds lie, by stage."""
+    warm = measured.warm()
+    found = {name: spread_of([float(getattr(one, field)) for one in warm]) for name, field in WARM}
+    return {**found, "one step": spread_of([one.step_s for one in warm])}
+
+
+def report(setup: Setup, measured: Measured) -> str:
+    """Return the page."""
+    job = measured.job
+    parts = [
+        f"# {setup.card.title} on {setup.device}",
+        f"{setup.measured_at[:10]}. `{setup.command}`",
+        _setup_table(setup, job),
+        "## Cold start",
+        "From the start of the process to the first picture. Files that the kernel still has in memory load faster than from a "
+        "cold disk; this does not empty its cache.",
+        cold_table(measured),
+        "## One picture after another",
+        f"Median and spread of {len(measured.warm())} pictures, batch 1: {setup.rounds} rounds of {setup.images}"
+        f"{', without the first round' if setup.rounds > 1 else ''}; each prompt is encoded anew.",
+        warm_table(measured),
+        f"As a job draws, in batches of {job.batch}, prompts {_encoded(measured)}: {three_digits(job.seconds_per_image)} s "
+        f"an image, {three_digits(job.step_s)} s of it a step, {three_digits(job.decode_s)} s decoding; a prompt takes "
+        f"{three_digits(job.encode_s)} s.",
+        "![Seconds by picture, and what was swept](seconds.svg)",
+        "## Memory",
+        f"{setup.held[0].upper()}{setup.held[1:]}, looked at every {1000 * setup.interval_s:.0f} ms and at the ends of phases. "
+        f"{_gib(measured.before_gib)} GiB were held before the model was loaded. Swept sizes and batches have peaks of "
+        "their own.",
+        memory_table(measured),
+        "![Memory over time](memory.svg)",
+    ]
+    if by_steps := measured.by_steps():
+        parts += ["## Steps", steps_table(by_steps)]
+    for part, title in (("size", "Sizes"), ("batch", "Batches")):
+        points = [point for point in measured.points if point.part == part]
+        if points:
+            parts += [f"## {title}", points_table(points)]
+    parts += ["## Pictures", "![Seeds down, steps across](sheet.png)", "Prompts, in turn:"]
+    parts.append("\n".join(f"{place}. `{prompt}`" for place, prompt in enumerate(setup.prompts, start=1)))
+    if setup.negative_prompt:
+        parts.append(f"Negative prompt: `{setup.negative_prompt}`")
+    return "\n\n".join(parts) + "\n"
+
+
+def cold_table(measured: Measured) -> str:
+    """Markdown."""
+    cold = measured.cold
+    rows = [
+        ("start of the process, imports", cold.start_s),
+        ("load the model", cold.load_s),
+        ("encode the prompt", cold.encode_s),
+        ("first step", cold.first_step_s),
+        ("further steps", cold.further_steps_s),
+        ("decode", cold.decode_s),
+        ("**until the first picture**", cold.seconds),
+    ]
+    return "\n".join(["| | s |", "|---|---|", *(f"| {name} | {three_digits(seconds)} |" for name, seconds in rows)])
+
+
+def warm_table(measured: Measured) -> str:
+    """Markdown."""
+    lines = ["| s | median | p95 | least | most |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {name} | {' | '.join(three_digits(value) for value in (one.median, one.p95, one.least, one.most))} |"
+        for name, one in warm_spreads(measured).items()
+    ]
+    return "\n".join(lines)
+
+
+def memory_table(measured: Measured) -> str:
+    """Markdown."""
+    lines = ["| phase | peak, GiB |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {phase} | {_gib(gib)} |" for phase, gib in measured.peak_gib.items())])
+
+
+def steps_table(by_steps: Mapping[int, Sequence[Drawn]]) -> str:
+    """Markdown; the ratio is to the fewest steps."""
+    lines = ["| steps | pictures | s a picture | s a step | against the fewest |", "|---|---|---|---|---|"]
+    medians = {steps: spread_of([one.seconds for one in drawn]).median for steps, drawn in sorted(by_steps.items())}
+    base = next(iter(medians.values()))
+    for steps, seconds in medians.items():
+        step_s = spread_of([one.step_s for one in by_steps[steps]]).median
+        lines.append(
+            f"| {steps} | {len(by_steps[steps])} | {three_digits(seconds)} | {three_digits(step_s)} | {seconds / base:.2f}× |"
+        )
+    return "\n".join(lines)
+
+
+def points_table(points: Sequence[Point]) -> str:
+    """Markdown."""
+    lines = ["| size | batch | s an image | s a step | s decoding | peak, GiB |", "|---|---|---|---|---|---|"]
+    for one in points:
+        if one.failed is not None:
+            lines.append(f"| {one.width}×{one.height} | {one.batch} | no memory left | | | |")
+        else:
+            lines.append(
+                f"| {one.width}×{one.height} | {one.batch} | {three_digits(one.seconds_per_image)} | {three_digits(one.step_s)} "
+                f"| {three_digits(one.decode_s)} | {_gib(one.peak_gib)} |"
+            )
+    return "\n".join(lines)
+
+
+def _setup_table(setup: Setup, job: Point) -> str:
+    numerics = setup.numerics
+    quantised = ", ".join(f"{part} {how}" for part, how in _quantised(setup).items()) or "nothing"
+    versions = [f"{name} {said}" for name, said in numerics.versions.items()]
+    about = setup.environment
+    rows = [
+        (
+            "device",
+            f"{setup.device}, a budget of {setup.vram_gib:g} GiB" if numerics.device == "cuda" else setup.device,
+        ),
+        ("machine", f"{about['processor']}, {about['cores']} cores, Python {about['python']}"),
+        ("dtype", numerics.dtype),
+        ("quantised", quantised),
+        ("picture", f"{job.width}×{job.height}, {job.num_inference_steps} steps, guidance {job.guidance_scale:g}"),
+        ("batch of a job", str(job.batch)),
+        ("versions", ", ".join(versions)),
+    ]
+    if numerics.device == "cpu":
+        rows.insert(1, ("threads", str(numerics.threads)))
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {said} |" for name, said in rows)])
+
+
+def _encoded(measured: Measured) -> str:
+    inside = all(one.encode_s for one in measured.of("job"))
+    return "encoded with each batch" if inside else "encoded ahead"
+
+
+def _quantised(setup: Setup) -> dict[str, str]:
+    """What a card quantises, which it does on a GPU; a denoiser of its own says its format."""
+    found: dict[str, str] = {}
+    if setup.card.denoiser is not None:
+        found["denoiser"] = setup.card.denoiser.file
+    if setup.numerics.device == "cuda":
+        found |= dict(setup.card.quantise.items())
+    return found
+
+
+def three_digits(seconds: float) -> str:
+    """Say seconds to three significant digits, without an exponent."""
+    digits = 0 if seconds >= 100 else 1 if seconds >= 10 else 2 if seconds >= 1 else 3 if seconds >= 0.1 else 4
+    return f"{seconds:.{digits}f}"
+
+
+def _gib(gib: float) -> str:
+    return f"{gib:.2f}"

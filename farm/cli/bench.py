@@ -1,0 +1,220 @@
+"""`farm bench`: how fast a model draws on this machine, in how much memory, and how its pictures change with steps."""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from farm.cli.exits import Exit
+from farm.cli.moment import now_iso
+from farm.cli.options import Options, command
+from farm.cli.terminal import note, print_json, say
+from farm.cli.wording import duration
+from farm.errors import InputError
+
+if TYPE_CHECKING:
+    from farm.bench.figures import Measured
+    from farm.bench.model import Wish
+    from farm.bench.report import Setup
+    from farm.devices import DeviceInfo
+    from farm.modelcard import ModelCard, RenderParams
+
+FOLDER = Path("farm-bench")
+_T = TypeVar("_T")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    command(app, "bench")(bench)
+
+
+def bench(
+    options: Options,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model card's name; see farm models.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to draw, in turn; may be given again.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option("--preset", metavar="NAME", help="A preset of the card.")] = None,
+    images: Annotated[int, typer.Option("--images", min=1, metavar="N", help="Pictures a round.")] = 5,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="N", help="The first one warms up.")] = 3,
+    steps: Annotated[
+        str | None, typer.Option("--steps", metavar="N,N", help="Draw the same pictures with so many steps too.")
+    ] = None,
+    sizes: Annotated[str | None, typer.Option("--sizes", metavar="WxH,WxH", help="Measure these sizes too.")] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", metavar="N,N", help="Measure so many images drawn together too.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the first picture.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where the report goes; a new folder.")
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile/--no-profile", help="Store what farm plan estimates time by.")
+    ] = True,
+) -> Exit:
+    """Measure a model on this machine's first device: cold start, pictures in a row, memory by phase.
+
+    The engine draws alone, without Ray and without a store. Leaves a report with plots, a contact sheet and the pictures.
+    Nothing else should use the device meanwhile.
+    """
+    from farm.bench.environment import environment
+    from farm.bench.folder import RECORD, BenchFolder
+    from farm.bench.model import SAMPLE_S, Wish, measure
+    from farm.bench.report import Setup, profile_of, record_of
+    from farm.bench.subjects import prompts_for
+    from farm.devices import local_device, numerics_for
+    from farm.engine import EmbeddingCache, Engine
+    from farm.modelcard import find_card
+    from farm.weights import pinned
+
+    settings = options.settings()
+    card = pinned(find_card(model, settings), settings=settings)
+    params = _params(card, preset)
+    device = local_device()
+    numerics = numerics_for(card, device=device, renderers=1)
+    wish = Wish(
+        prompts=tuple(prompt or prompts_for(card)),
+        params=params,
+        batch=numerics.batch,
+        seed=seed,
+        images=images,
+        rounds=rounds,
+        steps=_listed("--steps", steps, _positive),
+        sizes=_listed("--sizes", sizes, _size),
+        batches=_listed("--batch", batch, _positive),
+    )
+    _check(card, wish)
+    measured_at = now_iso()
+    stamp = measured_at[:19].replace("-", "").replace(":", "").replace("T", "-")
+    folder = BenchFolder(out if out is not None else FOLDER / f"{card.name}-{stamp}")
+    folder.claim()
+    ledger = options.open_ledger(settings) if profile else None
+    on_gpu = device.kind == "cuda"
+    engine = Engine(card, numerics, "cuda:0" if on_gpu else "cpu", settings.vram_gib, cache=EmbeddingCache(0))
+    try:
+        measured = measure(engine, wish, start_s=_age_s(), keep=folder.keep, say=_quiet if options.json else note)
+    finally:
+        engine.unload()
+    setup = Setup(
+        card=card,
+        numerics=numerics,
+        device=device.name,
+        vram_gib=settings.vram_gib,
+        prompts=wish.prompts,
+        negative_prompt=params.negative_prompt if params.guidance_scale > 0 else "",
+        seed=seed,
+        images=images,
+        rounds=rounds,
+        interval_s=SAMPLE_S,
+        held="what torch's allocator has reserved" if on_gpu else "resident memory of the process",
+        measured_at=measured_at,
+        environment=environment(),
+        command=shlex.join(["farm", *sys.argv[1:]]),
+    )
+    folder.write(setup, measured)
+    if ledger is not None:
+        ledger.put_profile(profile_of(setup, measured))
+    if options.json:
+        print_json({**record_of(setup, measured), "out": str(folder.path), "profile_stored": ledger is not None})
+    else:
+        _show(setup, measured, device)
+        say(f"  report      {folder.path / 'report.md'}, with sheet.png, plots, pictures/ and {RECORD}")
+        if ledger is not None:
+            say(f"  profile     in {ledger.store.url}: farm plan estimates by it")
+    return Exit.OK
+
+
+def _params(card: "ModelCard", preset: str | None) -> "RenderParams":
+    from farm.modelcard import ParamOverrides, merged, negative_of
+    from farm.yamlfile import did_you_mean, shown
+
+    if preset is not None and preset not in card.presets:
+        near = did_you_mean(preset, list(card.presets)) or f"; it has {', '.join(card.presets) or 'none'}"
+        raise InputError(f"--preset: {card.name} has no preset {shown(preset)}{near}")
+    params = merged(card.defaults, card.presets[preset] if preset is not None else ParamOverrides())
+    return params.model_copy(update={"negative_prompt": negative_of(card, params.negative_prompt)})
+
+
+def _check(card: "ModelCard", wish: "Wish") -> None:
+    """Raise InputError where the card cannot draw what is asked for, before anything loads."""
+    from farm.modelcard import param_fault
+
+    asked: list[tuple[str, dict[str, int]]] = [("--preset", {})]
+    asked += [("--steps", {"num_inference_steps": number}) for number in wish.steps]
+    asked += [("--sizes", {"width": width, "height": height}) for width, height in wish.sizes]
+    for flag, changes in asked:
+        fault = param_fault(card, wish.params.model_copy(update=changes))
+        if fault is not None:
+            raise InputError(f"{flag}: {fault.text}")
+
+
+def _show(setup: "Setup", measured: "Measured", device: "DeviceInfo") -> None:
+    from farm.bench.figures import spread_of
+    from farm.bench.report import three_digits, warm_spreads
+
+    job, cold = measured.job, measured.cold
+    say(f"{setup.card.name} on {device.name}, {setup.numerics.dtype}")
+    say(f"  picture     {job.width}×{job.height}, {job.num_inference_steps} steps, guidance {job.guidance_scale:g}")
+    steps_s = cold.first_step_s + cold.further_steps_s
+    say(
+        f"  cold start  {duration(cold.seconds)} until the first picture: start {duration(cold.start_s)}, "
+        f"load {duration(cold.load_s)}, encode {duration(cold.encode_s)}, denoise {duration(steps_s)} (first step "
+        f"{duration(cold.first_step_s)}), decode {duration(cold.decode_s)}"
+    )
+    warm = warm_spreads(measured)
+    whole = warm["whole picture"]
+    say(
+        f"  a picture   {three_digits(whole.median)} s, p95 {three_digits(whole.p95)} s of {whole.count}: "
+        + ", ".join(f"{name} {three_digits(warm[name].median)}" for name in ("encode", "denoise", "decode"))
+    )
+    say(f"  in a job    {three_digits(job.seconds_per_image)} s an image, in batches of {job.batch}")
+    peak = max(measured.peak_gib.values())
+    by_phase = ", ".join(f"{phase} {gib:.2f}" for phase, gib in measured.peak_gib.items())
+    say(f"  memory      {peak:.2f} GiB at most ({by_phase}), {setup.held}")
+    for steps, drawn in measured.by_steps().items():
+        median = spread_of([one.seconds for one in drawn]).median
+        say(f"  {f'{steps} steps':<10}  {three_digits(median)} s a picture")
+    for point in measured.points:
+        name = f"{point.width}×{point.height}" if point.part == "size" else f"batch {point.batch}"
+        each = "no memory left" if point.failed else f"{three_digits(point.seconds_per_image)} s an image"
+        say(f"  {name:<10}  {each}" + ("" if point.failed else f", {point.peak_gib:.2f} GiB"))
+
+
+def _listed(flag: str, text: str | None, read: Callable[[str], _T]) -> tuple[_T, ...]:
+    """Read `4,8,20`, each value once. Raises InputError."""
+    found: dict[_T, None] = {}
+    for one in (text or "").split(",") if text is not None else ():
+        try:
+            found[read(one.strip())] = None
+        except ValueError as exc:
+            raise InputError(f"{flag} {text}: {one.strip()!r} is {exc}") from exc
+    return tuple(found)
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ValueError("no whole number above 0; write as 4,8,20")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().replace("×", "x").partition("x")
+    try:
+        return _positive(width), _positive(height)
+    except ValueError:
+        raise ValueError("no size; write as 512x512,1024x1024") from None
+
+
+def _age_s() -> float:
+    """Seconds since this process began."""
+    import psutil
+
+    return max(0.0, time.time() - psutil.Process().create_time())
+
+
+def _quiet(text: str) -> None:
+    pass

@@ -1,0 +1,238 @@
+"""One diffusers model on one device: placed and loaded, each phase's parts there, latents decoded in slices.
+
+What all families of torch share. A family says how its modules load and how it encodes, denoises and decodes. Noise is
+drawn per image on the CPU in fp32, and decoding is cut by the picture's size alone: an image depends on its batch mates in
+float rounding alone.
+"""
+
+import copy
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import nn
+
+from farm.modelcard import ModelCard, RenderParams
+from farm.models.device import Device, Part, Streamed
+from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
+from farm.models.loading import Loader
+from farm.needs import DECODE_PIXELS, files_of, needs_of
+from farm.placement import Placement, place
+from farm.plan import ImageSpec, Numerics
+from farm.weights import locate
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """What a family computes with, in eval(), loaded on the CPU. An encoder of two modules is an nn.ModuleList."""
+
+    encoder: nn.Module
+    denoiser: nn.Module
+    decoder: nn.Module
+
+
+class DiffusionFamily:
+    """The base of a family: what does not depend on the model. A family writes the methods from `_load_modules` on."""
+
+    def __init__(self, card: ModelCard, numerics: Numerics, *, device: str, vram_gib: float):
+        self._card = card
+        self._numerics = numerics
+        self._dtype: torch.dtype = getattr(torch, numerics.dtype)
+        self._device = Device(device, vram_gib=vram_gib)
+        self._parts: dict[str, Part | Streamed] = {}
+        self._bare: frozenset[str] = frozenset()
+        self._loaded = False
+        self.placement: Placement | None = None
+        self.encodes_ahead = False
+
+    def load(self) -> None:
+        """Place and load; after `park` only copy. Raises ModelCardError for missing or broken weights, PlacementError for what
+        cannot fit."""
+        if self._loaded:
+            self._settle()
+            return
+        card, numerics = self._card, self._numerics
+        folder, files = locate(card), files_of(card)
+        limits = self._device.limits()
+        needs = needs_of(card, folder, dtype=numerics.dtype, batch=numerics.batch, files=files, device=limits.kind)
+        placement = self.placement = place(card.name, needs, dtype=numerics.dtype, device=limits)
+        self._device.hold_to_budget()
+        self._bare = frozenset(vars(self))
+        with self._device.errors(f"load model {card.name}"):
+            self._loader = Loader(card, folder, files, self._dtype, self._device.torch)
+            modules = self._modules = self._load_modules(folder)
+            self._open()
+            for name in ("encoder", "denoiser", "decoder"):
+                kind = Streamed if name in placement.streamed else Part
+                self._parts[name] = kind(getattr(modules, name), pin=placement.pins)
+        self._settle()
+        if placement.layout == "resident" and not placement.host_gib:
+            self._parts = {}
+        self.encodes_ahead = placement.encodes_ahead
+        self._loaded = True
+
+    def _settle(self) -> None:
+        """Bring everything onto the device where everything stays there; else the phases do."""
+        if self.placement and self.placement.layout == "resident":
+            with self._device.errors(f"load model {self._card.name}"):
+                for part in self._parts.values():
+                    part.move(self._device.torch)
+
+    @property
+    def within(self) -> Within:
+        """Follows from which parts are on the device at a step."""
+        return self.placement.within if self.placement else "anything"
+
+    def inside(self) -> Self:
+        """Share the modules and where they lie; have a pipeline, a scheduler and a step's memory of its own."""
+        inner = copy.copy(self)
+        inner._open()
+        return inner
+
+    @property
+    def host_bytes(self) -> int:
+        """What the weights take in host memory: all that came on a CPU, and on a GPU the copies that parts keep."""
+        if self._parts or self._device.is_cuda or self.placement is None:
+            return sum(part.nbytes for part in self._parts.values())
+        modules = self._modules
+        return sum(Part(module).nbytes for module in (modules.encoder, modules.denoiser, modules.decoder))
+
+    def park(self) -> bool:
+        """Leave the device and keep the weights in host memory; False where they are on the device alone."""
+        if not self._parts:
+            return not self._device.is_cuda
+        self._forget()
+        for part in self._parts.values():
+            part.move(CPU)
+        self._device.empty_cache()
+        return True
+
+    def unload(self) -> None:
+        """Let go of all weights and device memory, and of all else that came with loading."""
+        self._parts = {}
+        self._loaded = False
+        for name in vars(self).keys() - self._bare if self._bare else ():
+            delattr(self, name)
+        self._device.empty_cache()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked of it."""
+        self._device.synchronize()
+
+    def recover(self) -> None:
+        """Free what a failed batch left on the device."""
+        self._forget()
+        self._device.recover()
+
+    @contextmanager
+    def _phase(self, phase: Literal["encode", "denoise", "decode"], doing: str) -> Iterator[None]:
+        """Have exactly the phase's parts on the device; what leaves goes first, so that both never share it."""
+        self._set_threads()
+        with self._device.errors(doing):
+            if self.placement and self._parts:
+                names: frozenset[str] = getattr(self.placement, phase)
+                for name, part in self._parts.items():
+                    if name not in names:
+                        part.move(CPU)
+                for name in names:
+                    self._parts[name].move(self._device.torch)
+            # Weights are moved outside: a tensor made in inference mode cannot become a parameter's data.
+            with torch.inference_mode():
+                yield
+
+    def _set_threads(self) -> None:
+        """Torch counts its CPU threads for each calling thread by itself, and shards take turns in several."""
+        if not self._device.is_cuda and torch.get_num_threads() != self._numerics.threads:
+            torch.set_num_threads(self._numerics.threads)
+
+    @property
+    def _encoder_device(self) -> torch.device:
+        """Where prompts are encoded; their embeddings are kept in host memory whichever it is."""
+        on_cpu = self.placement is not None and "encoder" in self.placement.on_cpu
+        return CPU if on_cpu else self._device.torch
+
+    def guided(self, params: RenderParams) -> bool:
+        """Whether pictures of these parameters are drawn with a negative prompt."""
+        return params.guidance_scale > 0
+
+    def noise(self, specs: Sequence[ImageSpec]) -> torch.Tensor:
+        """Draw each image's noise on the CPU in fp32, as the stock pipelines do with one generator an image."""
+        drawn = [
+            torch.randn(
+                (1, *self._latent_shape(spec.params.width, spec.params.height)),
+                generator=torch.Generator("cpu").manual_seed(spec.seed),
+                dtype=torch.float32,
+            )
+            for spec in specs
+        ]
+        return torch.cat(drawn)
+
+    def decode(self, latents: torch.Tensor, spec: ImageSpec) -> Decoded:
+        """Turn latents into pixels, on the device, in slices whose size follows from the picture's alone."""
+        params = spec.params
+        at_once = max(1, DECODE_PIXELS // (params.width * params.height))
+        doing = f"decode {len(latents)} images of {params.width}x{params.height}"
+        with self._phase("decode", doing):
+            pixels: list[Any] = []
+            finite: list[bool] = []
+            for some in latents.split(at_once):
+                images = self._decoded(some)
+                sound = torch.isfinite(images).flatten(1).all(dim=1)
+                images = torch.nan_to_num(images * 0.5 + 0.5).clamp_(0, 1).float().mul_(255).round_()
+                pixels.extend(images.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy())
+                finite.extend(sound.tolist())
+        return Decoded(tuple(pixels), tuple(finite))
+
+    def _load_modules(self, folder: Path) -> Modules:
+        """Load the model on the CPU, and keep tokenizer and scheduler. Raises ModelCardError."""
+        raise NotImplementedError
+
+    def _open(self) -> None:
+        """Make what one drawing needs of its own: pipeline, scheduler. Called after loading, and again by `inside`."""
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        """Drop what was kept of the last batch."""
+        raise NotImplementedError
+
+    def _latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """Return the shape of one image's noise."""
+        raise NotImplementedError
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode: images x 3 x height x width in -1..1, in the stock pipeline's order of operations."""
+        raise NotImplementedError
+
+    def tokenize(self, prompt: str) -> Tokens:
+        """Cut a prompt into tokens; cheap."""
+        raise NotImplementedError
+
+    def bucket(self, positive: Tokens, negative: Tokens | None) -> Hashable:
+        """Return what two images must share, besides size and steps, to be denoised in one batch."""
+        raise NotImplementedError
+
+    def encode(self, tokens: Tokens) -> Embedding:
+        """Encode one prompt by itself, into host memory, so that kept ones take none of the device's."""
+        raise NotImplementedError
+
+    def denoise(
+        self,
+        specs: Sequence[ImageSpec],
+        noise: torch.Tensor,
+        *,
+        positive: Sequence[Embedding],
+        negative: Sequence[Embedding],
+        on_step: StepCallback,
+    ) -> torch.Tensor:
+        """Return the latents of a batch of one shape. `negative` is empty without guidance."""
+        raise NotImplementedError
+
+
+def sound(prompt: str) -> str:
+    """Replace lone surrogates, which no tokenizer takes."""
+    return prompt.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,225 @@
+"""The family `diffusers`: any other text-to-image pipeline of diffusers, called as a whole.
+
+The farm knows nothing of such a model: its pipeline encodes, denoises and decodes in one call, with a generator for each image,
+so that a picture follows from its seed. All of it stays on the device; nothing is drawn within its steps. Only classes that
+come with diffusers and transformers are run, only safetensors are read.
+"""
+
+import inspect
+import json
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from farm.errors import ModelCardError, PlacementError
+from farm.modelcard import ModelCard, RenderParams
+from farm.models.diffusion import DiffusionFamily, Modules, sound
+from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
+from farm.models.loading import load_part
+from farm.models.schedulers import load_scheduler
+from farm.plan import ImageSpec
+
+DENOISERS = ("transformer", "unet")
+NEEDED = ("prompt", "width", "height", "num_inference_steps", "generator", "output_type")
+"""Arguments that a pipeline must take."""
+OURS = (*NEEDED, "negative_prompt", "guidance_scale", "num_images_per_prompt", "return_dict")
+"""Arguments that a card cannot give as options."""
+
+
+@dataclass(frozen=True, slots=True)
+class Words(Tokens):
+    """A prompt as it is, and how long each of the pipeline's tokenizers finds it."""
+
+    text: str
+    lengths: tuple[int, ...]
+
+
+class PipelineFamily(DiffusionFamily):
+    """A pipeline of diffusers on one device."""
+
+    def _load_modules(self, folder: Path) -> Modules:
+        card, loader = self._card, self._loader
+        if self.placement is not None and self.placement.layout != "resident":
+            raise PlacementError(
+                f"model {card.name}: family {card.family} keeps a whole model on the device, and here it would be "
+                f"{self.placement.layout}; choose a quantised card, smaller sizes, or a larger GPU"
+            )
+        kind, parts = _index(card, folder)
+        denoiser = next((name for name in DENOISERS if name in parts), None)
+        if denoiser is None or "vae" not in parts:
+            raise ModelCardError(
+                f"model {card.name}: {kind.__name__} has no transformer or unet with a vae; choose another model"
+            )
+        own = {denoiser: loader.denoiser(denoiser, parts[denoiser]), "vae": loader.decoder("vae", parts["vae"])}
+        for name, part in parts.items():
+            if name.startswith("text_encoder"):
+                own[name] = loader.encoder(name, part)
+        pipeline: Any = load_part(
+            card,
+            folder,
+            "model_index.json",
+            lambda: kind.from_pretrained(
+                folder,
+                dtype=self._dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                **own,
+            ),
+        )
+        loader.adapt(own[denoiser], kind)
+        if card.scheduler is not None:
+            pipeline.scheduler = load_scheduler(card, folder)()
+        if hasattr(own["vae"], "enable_slicing"):
+            own["vae"].enable_slicing()  # pictures are decoded one by one
+        pipeline.set_progress_bar_config(disable=True)
+        self._takes = _arguments(card, pipeline)
+        self._pipeline = pipeline
+        self._tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
+        rest = [part for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
+        rest = [part for part in rest if part not in (own[denoiser], own["vae"])]
+        return Modules(nn.ModuleList(rest).eval(), own[denoiser], own["vae"])
+
+    def _open(self) -> None:
+        """A pipeline is opened once: nothing is drawn within its steps."""
+
+    def _forget(self) -> None:
+        """A pipeline starts each call anew."""
+
+    @property
+    def within(self) -> Within:
+        """Nothing: what a pipeline keeps between its steps is its own."""
+        return "nothing"
+
+    def guided(self, params: RenderParams) -> bool:
+        """Where the pipeline takes a negative prompt; from which scale on it uses it is its own."""
+        return "negative_prompt" in self._takes and params.guidance_scale > 0
+
+    def tokenize(self, prompt: str) -> Words:
+        """Measure a prompt; the pipeline cuts it itself."""
+        text, most = sound(prompt), self._card.max_sequence_length
+        lengths = tuple(
+            len(cut(text, truncation=True, max_length=min(most, cut.model_max_length))["input_ids"])
+            for cut in self._tokenizers
+        )
+        return Words((), text, lengths)
+
+    def bucket(self, positive: Tokens, negative: Tokens | None) -> Hashable:
+        """Prompts of one length share a batch: what padding does to a picture is the pipeline's own."""
+        assert isinstance(positive, Words)
+        return positive.lengths, negative.lengths if isinstance(negative, Words) else ()
+
+    def encode(self, tokens: Tokens) -> Embedding:
+        """Keep the words: the pipeline encodes them itself."""
+        assert isinstance(tokens, Words)
+        return Embedding(tokens.text, len(tokens.text))
+
+    def noise(self, specs: Sequence[ImageSpec]) -> Any:
+        """Return a generator for each image, in host memory, from which the pipeline draws."""
+        return [torch.Generator("cpu").manual_seed(spec.seed) for spec in specs]
+
+    def denoise(
+        self,
+        specs: Sequence[ImageSpec],
+        noise: Any,
+        *,
+        positive: Sequence[Embedding],
+        negative: Sequence[Embedding],
+        on_step: StepCallback,
+    ) -> torch.Tensor:
+        """Call the pipeline: images x 3 x height x width, floats in 0..1, decoded already."""
+        params, pipeline = specs[0].params, self._pipeline
+
+        def done(step: int) -> None:
+            steps = getattr(pipeline, "num_timesteps", params.num_inference_steps)
+            on_step(step + 1, max(steps, step + 1))
+
+        def after_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            done(step)
+            return tensors
+
+        given: dict[str, Any] = {
+            "prompt": [embedding.states for embedding in positive],
+            "width": params.width,
+            "height": params.height,
+            "num_inference_steps": params.num_inference_steps,
+            "generator": noise,
+            "output_type": "pt",
+            "return_dict": False,
+        }
+        if negative:
+            given["negative_prompt"] = [embedding.states for embedding in negative]
+        if "guidance_scale" in self._takes:
+            given["guidance_scale"] = params.guidance_scale
+        if "max_sequence_length" in self._takes:
+            given["max_sequence_length"] = self._card.max_sequence_length
+        if "callback_on_step_end" in self._takes:
+            given["callback_on_step_end"] = after_step
+        else:
+            given |= {"callback": lambda step, time, latents: done(step), "callback_steps": 1}
+        with self._phase("denoise", f"draw {len(specs)} images of {params.width}x{params.height}"):
+            images: torch.Tensor = pipeline(**given | self._card.options)[0]
+        return images
+
+    def decode(self, latents: torch.Tensor, spec: ImageSpec) -> Decoded:
+        """Turn floats into pixels."""
+        with self._phase("decode", f"make {len(latents)} pictures of {spec.params.width}x{spec.params.height}"):
+            sound_ones = torch.isfinite(latents).flatten(1).all(dim=1)
+            levels = torch.nan_to_num(latents).clamp(0, 1).float().mul(255).round().to(torch.uint8)
+            pixels = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return Decoded(tuple(pixels), tuple(sound_ones.tolist()))
+
+
+def _index(card: ModelCard, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the pipeline's class and those of its parts that have weights. Raises ModelCardError for code of others."""
+    where = folder / "model_index.json"
+    index: dict[str, Any] = load_part(
+        card, folder, where.name, lambda: dict(json.loads(where.read_text(encoding="utf-8")))
+    )
+    name = index.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise ModelCardError(
+            f"model {card.name}: {where} names the pipeline {name}, which diffusers {diffusers.__version__} has not; code "
+            f"that comes with weights is not run: choose another model, or a newer diffusers"
+        )
+    parts: dict[str, Any] = {}
+    for part, entry in index.items():
+        if not isinstance(entry, list) or part.startswith("_") or entry[0] is None:
+            continue
+        package, class_name = entry
+        if package not in ("diffusers", "transformers") and not hasattr(diffusers.pipelines, str(package)):
+            raise ModelCardError(
+                f"model {card.name}: {where} names {class_name} of {package} as its {part}; code that comes with weights is "
+                f"not run: choose another model"
+            )
+        found = getattr({"diffusers": diffusers, "transformers": transformers}.get(package), str(class_name), None)
+        if isinstance(found, type) and issubclass(found, nn.Module):
+            parts[part] = found
+    return kind, parts
+
+
+def _arguments(card: ModelCard, pipeline: Any) -> frozenset[str]:
+    """Return what the pipeline's call takes. Raises ModelCardError where the farm cannot use it, or an option is not of it."""
+    takes = frozenset(inspect.signature(pipeline.__call__).parameters)
+    missing = [name for name in NEEDED if name not in takes]
+    if not missing and not takes & {"callback_on_step_end", "callback"}:
+        missing = ["callback_on_step_end"]
+    if missing:
+        raise ModelCardError(
+            f"model {card.name}: {type(pipeline).__name__} takes no {missing[0]}, so it cannot be rendered with; choose "
+            f"another model"
+        )
+    unknown = sorted(set(card.options) - (takes - set(OURS)))
+    if unknown:
+        raise ModelCardError(
+            f"model {card.name}: {type(pipeline).__name__} has no option {unknown[0]}; it has "
+            f"{', '.join(sorted(takes - set(OURS)))}"
+        )
+    return takes

@@ -1,0 +1,285 @@
+"""How much memory a model needs, from its files' headers and measured working sets: no tensor is read, nothing is loaded.
+
+Says how large each part is in the plan's dtype or its quantisation, and what a step and a decode take beside it. Where it all
+lies is `farm.placement`'s decision. Imports no torch.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from farm.errors import ModelCardError
+from farm.modelcard import ModelCard, RenderParams
+from farm.placement import Needs
+from farm.settings import Settings
+from farm.tensorfiles import TensorHead, read_heads
+from farm.weights import locate_file, locate_source
+
+GIB = 2**30
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DECODE_PIXELS = 2**20
+"""Pictures are decoded in slices of at most so many pixels, at least one picture: decoding needs the most memory."""
+
+PARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "z-image": {"encoder": ("text_encoder",), "denoiser": ("transformer",), "decoder": ("vae",)},
+    "qwen-image": {"encoder": ("text_encoder",), "denoiser": ("transformer",), "decoder": ("vae",)},
+    "newbie": {"encoder": ("text_encoder", "clip_model"), "denoiser": ("transformer",), "decoder": ("vae",)},
+}
+"""Family -> part -> folders; those of the family `diffusers` follow from its model_index.json."""
+ALSO_CALLED = {"clip_model": "text_encoder_2"}
+"""What a folder of the above is called in diffusers' layout, where a model's authors have their own."""
+NOT_LOADED = frozenset(
+    {
+        "lm_head",
+        "visual",
+        "vision_tower",
+        "vision_model",
+        "multi_modal_projector",
+        "visual_projection",
+        "text_projection",
+    }
+)
+"""What the text encoders of the families above have in their files and prompts never use, by a segment of a tensor's name."""
+ENCODING = ("encoder.", "quant_conv.")
+"""What Qwen's VAE has for encoding pictures, which is let go of when it is folded (`farm/models/qwen_vae.py`)."""
+KEPT_WHOLE = ("embed", "norm", "lm_head")
+"""Words in the names of matrices that bitsandbytes does not quantise; besides those it takes linear layers alone."""
+
+QUANTISED_BITS = {"nf4": 4.5, "int8": 8.5}
+"""Bits a weight takes with its scales, quantised by bitsandbytes: nf4 has a float of 32 bits for each 64 weights."""
+Q4_BITS = 5.13
+"""Bits a weight takes in a denoiser of type Q4_K_M: Qwen-Image-2512's 20.4 billion in 12.2 GiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkingSet:
+    """GiB in bfloat16 per megapixel (2**20 pixels) of one picture; linear in the batch.
+
+    `joined`: with guidance both halves go through the denoiser together and take twice as much.
+    """
+
+    step: float
+    decode: float
+    joined: bool
+
+
+WORKING_SETS = {
+    "z-image": WorkingSet(step=0.53, decode=1.52, joined=True),
+    "qwen-image": WorkingSet(step=0.40, decode=1.51, joined=False),
+    "newbie": WorkingSet(step=0.68, decode=1.52, joined=True),
+    "diffusers": WorkingSet(step=1.0, decode=3.4, joined=True),
+}
+"""Measured with the real classes at full size on fake tensors, the larger of 512x512, 1024x1024 and a batch of 8 per megapixel.
+
+Steps: Z-Image 0.13 and 0.48, 1.05 for 8 at 512x512; Qwen-Image 0.10 and 0.37; NewBie 0.17 and 0.51. Decodes, untiled: FLUX's VAE
+0.38, 1.50 and 2.52 at 1328x1328; Qwen's, folded for one frame, 1.51. Other pipelines (`diffusers`): estimates, the
+largest of these and more.
+"""
+GGUF_STEP_GIB = 0.4
+"""A GGUF denoiser dequantises a layer at a time; an estimate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """One tensor of a part: its name, its weights, and the bytes that it takes once it is loaded."""
+
+    name: str
+    elements: int
+    nbytes: float
+
+
+def needs_of(
+    card: ModelCard,
+    folder: Path,
+    *,
+    dtype: str,
+    batch: int,
+    params: RenderParams | None = None,
+    files: Mapping[str, Path] | None = None,
+    device: str = "cuda",
+) -> Needs:
+    """Return what a card's model needs. Raises ModelCardError for files that are missing, cut off or of another kind.
+
+    `folder`: the model's. `files`: where the card's own `denoiser` (a file) and `decoder` (a folder) lie, and each adapter's
+    file by `adapter:NAME`. Without `params` a step is counted at the card's defaults and a decode at its limits: an engine is
+    loaded before it sees a plan's sizes. `device`: on a CPU nothing is quantised.
+    """
+    quantise = card.quantise if device != "cpu" else {}
+    parts = _parts(card, folder, files or {}, dtype=dtype, quantise=quantise)
+    gguf = card.denoiser is not None and card.denoiser.format == "gguf"
+    working = WORKING_SETS[card.family]
+    drawn = params or card.defaults
+    pixels = drawn.width * drawn.height
+    limit = min(card.limits.max_pixels, card.limits.max_px**2)
+    forwards = 2 if working.joined and drawn.guidance_scale > 0 else 1
+    scale = ITEM_BYTES[dtype] / 2 / 2**20
+    extra_gib = GGUF_STEP_GIB if gguf else 0.0
+    largest_decode_gib = working.decode * max(DECODE_PIXELS, limit) * scale
+    decode_gib = working.decode * max(pixels, min(DECODE_PIXELS, pixels * batch)) * scale
+    return Needs(
+        encoder_gib=_gib(parts["encoder"]),
+        denoiser_gib=_gib(parts["denoiser"]),
+        decoder_gib=_gib(parts["decoder"]),
+        step_gib=working.step * pixels * batch * forwards * scale + extra_gib,
+        decode_gib=decode_gib if params else largest_decode_gib,
+        inner_step_gib=working.step * limit * forwards * scale + extra_gib,
+        inner_decode_gib=largest_decode_gib,
+        encoder_streamed_gib=None if "encoder" in quantise else _streamed_gib(parts["encoder"]),
+        denoiser_streamed_gib=None if "denoiser" in quantise else _streamed_gib(parts["denoiser"]),
+        encoder_on_cpu=card.options.get("encoder_on") == "cpu",
+        batch=batch,
+        pixels=pixels,
+        denoiser_q4_gib=None
+        if gguf or "denoiser" in quantise
+        else sum(tensor.elements for tensor in parts["denoiser"]) * Q4_BITS / 8 / GIB,
+    )
+
+
+def files_of(card: ModelCard, *, settings: Settings | None = None) -> dict[str, Path]:
+    """Return where the files lie that a card has besides its model's folder, by the names that `needs_of` takes.
+
+    Raises as `farm.weights.locate_file` does.
+    """
+    files: dict[str, Path] = {}
+    if card.denoiser is not None:
+        files["denoiser"] = locate_file(card, card.denoiser, settings=settings)
+    if card.decoder is not None:
+        where = locate_source(card, card.decoder, settings=settings)
+        files["decoder"] = where / "vae" if (where / "vae").is_dir() else where
+    for adapter in card.adapters:
+        files[f"adapter:{adapter.name}"] = locate_file(card, adapter, settings=settings)
+    return files
+
+
+def part_bytes(card: ModelCard, folder: Path, part: str, *, itemsize: int) -> int:
+    """Return the bytes of a folder's weights at `itemsize` bytes an element.
+
+    Raises ModelCardError for a part without files, a shard that its index names and is not there, or a cut-off file.
+    """
+    return sum(head.elements for head in _folder_heads(card, folder / part)) * itemsize
+
+
+def folders_of(card: ModelCard, folder: Path) -> dict[str, tuple[str, ...]]:
+    """Return which folders of a model make its encoder, denoiser and decoder. Raises ModelCardError."""
+    if card.family in PARTS:
+        return {
+            part: tuple(ALSO_CALLED[name] if _is_called_otherwise(folder, name) else name for name in names)
+            for part, names in PARTS[card.family].items()
+        }
+    index = _json(card, folder / "model_index.json")
+    there = [name for name, entry in index.items() if isinstance(entry, list) and entry and entry[0] is not None]
+    weighty = [name for name in sorted(there) if any((folder / name).glob("*.safetensors"))]
+    denoiser = tuple(name for name in weighty if name.startswith(("transformer", "unet")))
+    decoder = tuple(name for name in weighty if name.startswith(("vae", "vqvae", "movq")))
+    encoder = tuple(name for name in weighty if name not in (*denoiser, *decoder))
+    for part, names in (("denoiser (transformer or unet)", denoiser), ("decoder (vae)", decoder)):
+        if not names:
+            raise ModelCardError(
+                f"model {card.name}: {folder / 'model_index.json'} names no {part} with a .safetensors file; fetch the weights "
+                f"again (pickles are not read)"
+            )
+    return {"encoder": encoder, "denoiser": denoiser, "decoder": decoder}
+
+
+def _is_called_otherwise(folder: Path, name: str) -> bool:
+    return name in ALSO_CALLED and not (folder / name).is_dir() and (folder / ALSO_CALLED[name]).is_dir()
+
+
+def _parts(
+    card: ModelCard, folder: Path, files: Mapping[str, Path], *, dtype: str, quantise: Mapping[Any, str]
+) -> dict[str, list[Sized]]:
+    itemsize, folders = ITEM_BYTES[dtype], folders_of(card, folder)
+
+    def heads(part: str) -> list[TensorHead]:
+        return [head for name in folders[part] for head in _folder_heads(card, folder / name)]
+
+    encoder = heads("encoder")
+    if card.family in PARTS:
+        encoder = [head for head in encoder if not NOT_LOADED & set(head.name.split("."))]
+    own = files.get("denoiser")
+    given = heads("denoiser") if own is None else read_heads(card.name, own)
+    if own is not None and own.suffix == ".gguf":
+        denoiser = [Sized(head.name, head.elements, head.nbytes) for head in given]
+    else:
+        denoiser = _sized(given, itemsize, quantise.get("denoiser"))
+    for name, path in sorted(files.items()):
+        if name.startswith("adapter:"):
+            denoiser += _sized(read_heads(card.name, path), itemsize, None)
+    decoder = list(_folder_heads(card, files["decoder"]) if "decoder" in files else heads("decoder"))
+    if card.family == "qwen-image":
+        decoder = [_folded(head) for head in decoder if not head.name.startswith(ENCODING)]
+    return {
+        "encoder": _sized(encoder, itemsize, quantise.get("encoder")),
+        "denoiser": denoiser,
+        "decoder": _sized(decoder, itemsize, None),
+    }
+
+
+def _folded(head: TensorHead) -> TensorHead:
+    """Of a kernel over time, the one slice that a single frame meets."""
+    return replace(head, shape=(*head.shape[:2], *head.shape[3:])) if len(head.shape) == 5 else head
+
+
+def _sized(heads: Iterable[TensorHead], itemsize: int, quantised: str | None) -> list[Sized]:
+    """Linear layers' matrices shrink where the part is quantised; embeddings, norms and biases stay as they are."""
+    return [
+        Sized(
+            head.name,
+            head.elements,
+            head.elements * QUANTISED_BITS[quantised] / 8
+            if quantised and len(head.shape) == 2 and not any(word in head.name for word in KEPT_WHOLE)
+            else head.elements * itemsize,
+        )
+        for head in heads
+    ]
+
+
+def _gib(tensors: Iterable[Sized]) -> float:
+    return sum(tensor.nbytes for tensor in tensors) / GIB
+
+
+def _streamed_gib(tensors: Iterable[Sized]) -> float:
+    """What is on the device at once, block by block: what lies outside the blocks, and two blocks, of which one is on its
+    way. A block is what the first number in its tensors' names counts: `transformer_blocks.7`."""
+    blocks: dict[str, float] = defaultdict(float)
+    rest = 0.0
+    for tensor in tensors:
+        segments = tensor.name.split(".")
+        number = next((place for place, segment in enumerate(segments) if segment.isdigit()), 0)
+        if number:
+            blocks[".".join(segments[: number + 1])] += tensor.nbytes
+        else:
+            rest += tensor.nbytes
+    return (rest + sum(sorted(blocks.values())[-2:])) / GIB
+
+
+def _folder_heads(card: ModelCard, where: Path) -> tuple[TensorHead, ...]:
+    files = sorted(where.glob("*.safetensors"))
+    for index in where.glob("*.safetensors.index.json"):
+        named = set(_json(card, index).get("weight_map", {}).values())
+        missing = sorted(named - {file.name for file in files})
+        if missing:
+            raise ModelCardError(
+                f"model {card.name}: {where / missing[0]} is not there, {len(missing)} of {len(named)} files missing; "
+                f"fetch the weights again"
+            )
+        files = [file for file in files if file.name in named]
+    if not files:
+        raise ModelCardError(
+            f"model {card.name}: {where} has no .safetensors file; fetch the weights again (pickles are not read)"
+        )
+    _json(card, where / "config.json")
+    return tuple(head for file in files for head in read_heads(card.name, file))
+
+
+def _json(card: ModelCard, path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ModelCardError(f"model {card.name}: {path} cannot be read: {exc}; fetch the weights again") from exc
+    if not isinstance(loaded, dict):
+        raise ModelCardError(f"model {card.name}: {path} is not a JSON object; fetch the weights again")
+    return loaded

@@ -1,0 +1,134 @@
+"""Look a model's files over by their headers: what each part weighs, and what is wrong with it.
+
+Reads no tensor and loads nothing, so tens of gigabytes are looked over in a moment. What is wrong is said, not raised, part
+by part: a file that is cut off, a shard that is not there, a pickle under another name.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from farm.errors import FarmError, ModelCardError
+from farm.modelcard import ModelCard
+from farm.needs import folders_of
+from farm.settings import Settings
+from farm.tensorfiles import TensorHead, read_heads
+from farm.weights import are_here, locate_file, locate_source, sources_of
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""How files that Python unpickles begin: torch's archives, and bare pickles."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartReport:
+    """One part of a model. `size_bytes`: of its tensors; `dtypes`: how many weights are of which kind, the most first."""
+
+    name: str
+    files: int
+    size_bytes: int
+    dtypes: tuple[tuple[str, int], ...]
+    faults: tuple[str, ...]
+
+
+def check_weights(card: ModelCard, settings: Settings) -> Iterator[PartReport]:
+    """Yield each part of a model whose weights are here. Raises ModelCardError where they are not."""
+    if not are_here(card, settings=settings):
+        raise ModelCardError(
+            f"model {card.name}: its weights are not all on this machine; fetch them with `farm models pull {card.name}`"
+        )
+    sources = sources_of(card)
+    if "model" in sources:
+        yield from _model(card, settings)
+    if card.denoiser is not None:
+        yield _file(card, "denoiser", locate_file(card, card.denoiser, settings=settings))
+    if card.decoder is not None:
+        yield _folder(card, "decoder", locate_source(card, card.decoder, settings=settings))
+    for adapter in card.adapters:
+        yield _file(card, f"adapter {adapter.name}", locate_file(card, adapter, settings=settings))
+
+
+def _model(card: ModelCard, settings: Settings) -> Iterator[PartReport]:
+    folder = locate_source(card, card.source, settings=settings)
+    try:
+        parts = folders_of(card, folder)
+    except FarmError as exc:
+        yield PartReport("model", 0, 0, (), (exc.message,))
+        return
+    for part, names in parts.items():
+        if getattr(card, part, None) is None:  # the card gives no other
+            for name in names:
+                yield _folder(card, name, folder / name)
+
+
+def _folder(card: ModelCard, name: str, folder: Path) -> PartReport:
+    """Look over one part's folder: those files that its index names where it has one, else every safetensors file."""
+    files = sorted(folder.glob("*.safetensors"))
+    faults: list[str] = []
+    named: dict[str, str] = {}
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            named |= json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            faults.append(f"{index} is no index of weights ({exc}); fetch the weights again")
+    if named:
+        shards = sorted(set(named.values()))
+        there = {file.name for file in files}
+        faults += [f"{folder / shard} is not there; fetch the weights again" for shard in shards if shard not in there]
+        files = [file for file in files if file.name in shards]
+    if not files and not faults:
+        pickled = [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLES]
+        only = f", only {pickled[0]}, and pickles are not read" if pickled else ""
+        faults.append(f"{folder} has no .safetensors file{only}; fetch the weights again")
+    if not (folder / "config.json").is_file():
+        faults.append(f"{folder / 'config.json'} is not there; fetch the weights again")
+    reports = [_file(card, name, file) for file in files]
+    for file, report in zip(files, reports, strict=True):
+        faults += report.faults
+        if named and not report.faults:
+            faults += _strangers(card, file, named)
+    dtypes: Counter[str] = Counter()
+    for report in reports:
+        dtypes.update(dict(report.dtypes))
+    return PartReport(
+        name, len(files), sum(report.size_bytes for report in reports), tuple(dtypes.most_common()), tuple(faults)
+    )
+
+
+def _strangers(card: ModelCard, file: Path, named: dict[str, str]) -> list[str]:
+    """Say which tensors the index has in this file and the file has not."""
+    missing = {name for name, shard in named.items() if shard == file.name} - {
+        head.name for head in read_heads(card.name, file)
+    }
+    if not missing:
+        return []
+    first = min(missing)
+    return [f"{file} lacks {len(missing)} tensors of its index, {first} first; fetch it again"]
+
+
+def _file(card: ModelCard, name: str, file: Path) -> PartReport:
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(8)
+        if head.startswith(_PICKLED) and not _is_length(head, file):
+            return PartReport(name, 1, 0, (), (f"{file} is a pickle, whatever it is called; take another file",))
+        heads = read_heads(card.name, file)
+    except OSError as exc:
+        return PartReport(name, 0, 0, (), (f"{file} cannot be read: {exc.strerror or exc}; see to it",))
+    except ModelCardError as exc:
+        return PartReport(name, 1, 0, (), (exc.message.removeprefix(f"model {card.name}: "),))
+    return PartReport(name, 1, sum(head.nbytes for head in heads), _dtypes(heads), ())
+
+
+def _is_length(head: bytes, file: Path) -> bool:
+    """Whether these bytes can be the length of a safetensors header: the same bytes may begin a pickle."""
+    return 0 < int.from_bytes(head, "little") <= file.stat().st_size - 8
+
+
+def _dtypes(heads: Iterable[TensorHead]) -> tuple[tuple[str, int], ...]:
+    counted: Counter[str] = Counter()
+    for head in heads:
+        counted[head.dtype] += head.elements
+    return tuple(counted.most_common())

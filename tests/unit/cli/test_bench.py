@@ -1,0 +1,70 @@
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from farm.devices import local_device
+from farm.models import sleep
+from tests.unit.cli.conftest import Place
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sleep, "STEP_S", 0.0)
+
+
+def test_the_bundled_model_is_measured_for_real(farm: Place) -> None:
+    ended = farm("bench", "sketch", "--images", "2", "--rounds", "2", "--steps", "2,4", "--out", "out")
+    assert ended.code == 0, ended.err
+    assert "  picture     64×64, 8 steps, guidance 2\n" in ended.out
+    assert "  memory      " in ended.out
+    assert ended.err.splitlines()[:3] == ["cold start", "round 1 of 2", "round 2 of 2"]
+    record = json.loads((farm.folder / "out" / "bench.json").read_text())
+    assert [one["part"] for one in record["drawn"]].count("round") == 4
+    assert record["job"]["batch"] == 8
+    assert record["memory"]["peak_gib"]["denoise"] > 0.1
+    with Image.open(farm.folder / "out" / "sheet.png") as sheet:
+        assert sheet.width > 2 * 224
+    profile = farm.ledger.profile("sketch", local_device().name)
+    assert profile is not None
+    assert profile.stages is not None
+    assert (profile.width, profile.num_inference_steps, profile.stages.guided_above) == (64, 8, 0.0)
+    manifest = farm.manifest(model="sketch", params={"num_inference_steps": 16})
+    plan = json.loads(farm("plan", manifest, "--json").out)
+    assert plan["speed_source"] == "estimated"
+    assert plan["seconds_per_image"] > profile.seconds_per_image
+
+
+def test_json_has_all_of_it_and_no_profile_leaves_the_store_alone(farm: Place) -> None:
+    ended = farm("bench", "shapes", "--images", "1", "--rounds", "1", "--no-profile", "--json", "--prompt", "x")
+    record = json.loads(ended.out)
+    assert (record["profile_stored"], record["prompts"], ended.err) == (False, ["x"], "")
+    assert Path(record["out"]).parent == Path("farm-bench")
+    assert (farm.folder / record["out"] / "report.md").read_text().startswith("# Shapes on ")
+    assert not farm.store.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--steps", "4,many"), "--steps 4,many: 'many' is no whole number above 0; write as 4,8,20"),
+        (("--sizes", "512"), "--sizes 512: '512' is no size; write as 512x512,1024x1024"),
+        (("--batch", "0"), "--batch 0: '0' is no whole number above 0; write as 4,8,20"),
+        (("--sizes", "65x64"), "--sizes: 65 in 65x64 is not a multiple of 16, as shapes needs; nearest is 64x64"),
+        (("--preset", "final"), "--preset: shapes has no preset 'final'; it has none"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_loads(
+    farm: Place, flags: tuple[str, ...], said: str
+) -> None:
+    ended = farm("bench", "shapes", *flags)
+    assert (ended.code, ended.error) == (2, said)
+    assert not (farm.folder / "farm-bench").exists()
+
+
+def test_a_folder_in_use_is_refused(farm: Place) -> None:
+    farm.write("job.yaml", "")
+    ended = farm("bench", "shapes", "--out", ".")
+    assert ended.code == 2
+    assert ended.error.startswith("--out .: holds ")

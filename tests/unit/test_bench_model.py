@@ -1,0 +1,323 @@
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from farm.bench.figures import (
+    GIB,
+    ColdStart,
+    Drawn,
+    Measured,
+    Point,
+    Sample,
+    Span,
+    peak_between,
+    peaks,
+    percentile,
+    spread_of,
+    thinned,
+    wilson,
+)
+from farm.bench.folder import BenchFolder
+from farm.bench.model import MemoryWatch, Wish, joined, measure
+from farm.bench.report import Setup, profile_of, record_of, report
+from farm.bench.subjects import prompts_for
+from farm.engine import EmbeddingCache, Engine
+from farm.errors import InputError, OutOfMemoryError, RenderError
+from farm.modelcard import RenderParams
+from farm.plan import ImageSpec
+from farm.provenance import read_picture
+from tests.drawing import FakeFamily, card, engine, numerics, spec
+
+PARAMS = card().defaults
+ENVIRONMENT: dict[str, str | int] = {"date": "2026-11-22", "processor": "a processor", "cores": 2, "python": "3.11"}
+
+
+def ticking() -> Any:
+    """A clock that goes on by a second at each look."""
+    return itertools.count().__next__
+
+
+def wish(**changes: Any) -> Wish:
+    fields: dict[str, Any] = {
+        "prompts": ("a red circle", "a blue square"),
+        "params": PARAMS,
+        "batch": 2,
+        "images": 2,
+        "rounds": 2,
+    }
+    return Wish(**fields | changes)
+
+
+def setup(**changes: Any) -> Setup:
+    fields: dict[str, Any] = {
+        "card": card(),
+        "numerics": numerics(),
+        "device": "CPU, 2 cores",
+        "vram_gib": 16.0,
+        "prompts": ("a red circle", "a blue square"),
+        "negative_prompt": "",
+        "seed": 0,
+        "images": 2,
+        "rounds": 2,
+        "interval_s": 0.02,
+        "held": "resident memory of the process",
+        "measured_at": "2026-11-22T10:00:00+00:00",
+        "environment": ENVIRONMENT,
+        "command": "farm bench sketch",
+    }
+    return Setup(**fields | changes)
+
+
+def measured(family: FakeFamily | None = None, **changes: Any) -> Measured:
+    """What a benchmark of a family that draws at once comes to."""
+    drawing = Engine(card(), numerics(), "cpu", 16.0, family=family or FakeFamily(), cache=EmbeddingCache(0))
+    return measure(drawing, wish(**changes), start_s=1.5)
+
+
+def drawn(part: Any = "round", number: int = 1, *, steps: int = 4, images: int = 1, **seconds: float) -> Drawn:
+    fields = {"began_s": 0.0, "encode_s": 1.0, "denoise_s": 4.0, "decode_s": 0.5} | seconds
+    return Drawn(part, number, 64, 64, steps, 2.0, images, 2, **fields)
+
+
+def test_percentiles_lie_between_their_neighbours() -> None:
+    assert percentile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert percentile([1.0, 2.0], 0.95) == pytest.approx(1.95)
+    assert percentile([7.0], 0.95) == 7.0
+    spread = spread_of([3.0, 1.0, 2.0])
+    assert (spread.count, spread.median, spread.least, spread.most) == (3, 2.0, 1.0, 3.0)
+
+
+def test_an_interval_of_a_share_is_wilsons_and_stays_within_0_and_1() -> None:
+    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    low, high = wilson(0, 10)
+    assert (low, high) == (pytest.approx(0.0), pytest.approx(0.2775, abs=1e-4))
+    assert wilson(10, 10)[1] == pytest.approx(1.0)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_the_peak_of_a_phase_counts_the_samples_around_a_short_one() -> None:
+    samples = [Sample(0.0, GIB), Sample(1.0, 3 * GIB), Sample(2.0, 2 * GIB), Sample(3.0, GIB)]
+    assert peak_between(samples, 0.2, 0.4) == 3 * GIB
+    assert peak_between(samples, 2.5, 9.0) == GIB
+    assert peak_between(samples, 8.0, 9.0) == GIB
+    assert peak_between([], 0.0, 1.0) == 0
+    spans = [Span("load", 0.0, 0.5), Span("decode", 1.5, 2.0), Span("decode", 2.5, 3.0)]
+    assert peaks(samples, spans) == {"load": 3.0, "decode": 2.0}
+
+
+def test_thinned_samples_keep_the_peaks() -> None:
+    samples = [Sample(float(at), 1000 if at == 37 else at) for at in range(100)]
+    found = thinned(samples, 10)
+    assert len(found) == 10
+    assert max(one.held_bytes for one in found) == 1000
+    assert thinned(samples, 100) == samples
+
+
+def test_a_drawn_batch_knows_its_steps_share_and_its_phases() -> None:
+    one = drawn(images=2, began_s=10.0)
+    assert (one.seconds, one.step_s) == (5.5, 0.5)
+    assert one.spans() == [Span("encode", 10.0, 11.0), Span("denoise", 11.0, 15.0), Span("decode", 15.0, 15.5)]
+
+
+def test_a_memory_watch_looks_at_the_begin_the_end_and_when_asked() -> None:
+    held = iter((10, 30, 20))
+    with MemoryWatch(held.__next__, ticking(), interval_s=3600.0) as watch:
+        watch.look()
+    assert [sample.held_bytes for sample in watch.taken()] == [10, 30, 20]
+
+
+def test_a_benchmark_draws_a_cold_picture_rounds_and_batches_as_a_job() -> None:
+    family = FakeFamily()
+    found = measured(family)
+    assert family.denoised == [(0,), (0,), (1,), (0,), (1,), (0, 1), (2, 3), (4, 5)]
+    assert [one.number for one in found.of("round")] == [1, 1, 2, 2]
+    assert [one.number for one in found.warm()] == [2, 2]
+    assert found.cold.start_s == 1.5
+    assert found.cold.seconds > 1.5
+    assert (found.job.batch, found.job.batches, found.job.failed) == (2, 2, None)
+    assert found.job.seconds_per_image > 0
+    assert set(found.peak_gib) == {"load", "encode", "denoise", "decode"}
+    assert found.before_gib > 0
+    assert found.guided_above == 0.0
+
+
+def test_guidance_that_begins_above_1_is_found() -> None:
+    family = FakeFamily()
+    family.guided = lambda params: params.guidance_scale > 1  # type: ignore[method-assign]
+    assert measured(family).guided_above == 1.0
+    family.guided = lambda params: False  # type: ignore[method-assign]
+    assert measured(family).guided_above is None
+
+
+def test_one_round_is_not_dropped() -> None:
+    assert len(measured(rounds=1).warm()) == 2
+
+
+def test_sweeps_draw_the_same_seeds_with_other_steps_sizes_and_batches() -> None:
+    seen: list[tuple[int, int, int, int]] = []
+
+    def look(specs: Sequence[ImageSpec]) -> None:
+        first = specs[0]
+        seen.append((len(specs), first.params.num_inference_steps, first.params.width, first.seed))
+
+    found = measured(FakeFamily(look), seed=7, steps=(2, 5), sizes=((128, 64),), batches=(1, 3))
+    assert [(one[1], one[3]) for one in seen[8:12]] == [(2, 7), (2, 8), (5, 7), (5, 8)]
+    assert [one[:3] for one in seen[12:]] == [(2, 3, 128)] * 3 + [(1, 3, 64)] * 3 + [(3, 3, 64)] * 3
+    assert [(point.part, point.width, point.batch) for point in found.points] == [
+        ("size", 128, 2),
+        ("batch", 64, 1),
+        ("batch", 64, 3),
+    ]
+    assert sorted(found.by_steps()) == [2, 5]
+    assert max(span.ended_s for span in found.spans) < found.of("size")[0].began_s
+
+
+def test_a_batch_without_room_stays_without_figures_and_the_others_follow() -> None:
+    def full(specs: Sequence[ImageSpec]) -> None:
+        if len(specs) > 3:
+            raise OutOfMemoryError("no memory left on cuda:0")
+
+    family = FakeFamily(full)
+    found = measured(family, batches=(4, 3))
+    assert [point.failed for point in found.points] == ["no memory left on cuda:0", None]
+    assert family.recovered == 1
+
+
+def test_a_job_without_room_ends_the_benchmark() -> None:
+    def full(specs: Sequence[ImageSpec]) -> None:
+        if len(specs) > 1:
+            raise OutOfMemoryError("no memory left on cuda:0")
+
+    with pytest.raises(OutOfMemoryError, match="in batches of 2, as the card says: no memory left on cuda:0"):
+        measured(FakeFamily(full))
+
+
+def test_prompts_of_a_job_are_encoded_ahead_where_the_encoder_leaves_the_device() -> None:
+    family = FakeFamily()
+    family.encodes_ahead = True
+    result = measured(family)
+    before = 2 * (1 + 2 * 2)  # positive and negative, of the cold picture and two rounds of two
+    assert len(family.encoded) == before + 2
+    assert [one.encode_s for one in result.of("job")] == pytest.approx([0.0] * 3, abs=0.05)
+    assert result.job.encode_s > 0
+
+
+def test_pictures_of_no_finite_numbers_end_the_benchmark() -> None:
+    with pytest.raises(RenderError, match="no finite numbers in float32; see farm doctor"):
+        measured(prompts=("nan",))
+
+
+def test_batches_are_joined_beyond_the_plans_own() -> None:
+    single = engine(FakeFamily(), batch=1)
+    batches = single.batches([spec(0), spec(1), spec(2)])
+    assert [batch.indexes for batch in batches] == [(0,), (1,), (2,)]
+    whole = joined(batches)
+    assert whole.indexes == (0, 1, 2)
+    assert (len(whole.positive), len(whole.negative)) == (3, 3)
+
+
+def point(part: Any, width: int, *, step_s: float = 0.5, **changes: Any) -> Point:
+    fields: dict[str, Any] = {
+        "batch": 2,
+        "batches": 2,
+        "encode_s": 0.1,
+        "step_s": step_s,
+        "decode_s": 0.2,
+        "seconds_per_image": 4.3,
+    }
+    return Point(part, width, width, 8, 2.0, **fields | changes)
+
+
+def found(points: Sequence[Point] = ()) -> Measured:
+    """Made-up figures."""
+    rounds = tuple(drawn("round", number) for number in (1, 2, 2))
+    samples = (Sample(0.0, GIB), Sample(5.0, 2 * GIB))
+    return Measured(
+        cold=ColdStart(1.0, 2.0, 0.5, 0.75, 1.25, 0.5),
+        drawn=(drawn("cold", 0), *rounds, drawn("job", 0, images=2), drawn("steps", 0), drawn("steps", 0, steps=8)),
+        job=point("job", 512),
+        points=tuple(points),
+        spans=(Span("load", 0.0, 1.0), *drawn("cold").spans()),
+        samples=samples,
+        before_gib=0.5,
+        peak_gib={"load": 1.0, "denoise": 2.0},
+        guided_above=0.0,
+    )
+
+
+def test_the_profile_has_the_jobs_shape_and_those_of_the_sweep_that_worked() -> None:
+    points = [point("size", 1024, step_s=2.5), point("size", 2048, failed="no memory left"), point("batch", 512)]
+    profile = profile_of(setup(), found(points))
+    assert (profile.model, profile.device, profile.batch, profile.images) == ("sketch", "CPU, 2 cores", 2, 4)
+    assert profile.stages is not None
+    assert [(shape.width, shape.step_s) for shape in profile.stages.shapes] == [(512, 0.5), (1024, 2.5)]
+    assert (profile.stages.guided_above, profile.stages.load_s, profile.stages.dtype) == (0.0, 2.0, "float32")
+    assert profile.stages.peak_gib == {"load": 1.0, "denoise": 2.0}
+    asked = RenderParams(width=512, height=512, num_inference_steps=8, guidance_scale=2.0)
+    assert profile.seconds_of(asked) == pytest.approx(4.3)
+    assert profile.stages.seconds_of(asked) == pytest.approx(0.1 + 8 * 0.5 + 0.2)
+
+
+def test_the_report_has_every_table() -> None:
+    points = [point("size", 1024), point("batch", 512, failed="no memory left")]
+    text = report(setup(negative_prompt="blurry"), found(points))
+    assert text.startswith("# Tiny on CPU, 2 cores\n\n2026-11-22. `farm bench sketch`\n")
+    assert "| **until the first picture** | 6.00 |" in text
+    assert "| whole picture | 5.50 | 5.50 | 5.50 | 5.50 |" in text
+    assert "| load | 1.00 |\n| denoise | 2.00 |" in text
+    assert "| 4 | 1 | 5.50 | 1.00 | 1.00× |\n| 8 | 1 | 5.50 | 0.500 | 1.00× |" in text
+    assert "| 1024×1024 | 2 | 4.30 | 0.500 | 0.200 | 0.00 |" in text
+    assert "| 512×512 | 2 | no memory left | | | |" in text
+    assert "Median and spread of 2 pictures" in text
+    assert "Negative prompt: `blurry`" in text
+
+
+def test_the_record_is_json_and_says_what_the_memory_is_of() -> None:
+    record = record_of(setup(), found())
+    assert record["memory"]["of"] == "resident memory of the process"
+    assert record["warm"]["denoise"]["median"] == 4.0
+    assert record["cold"]["seconds"] == 6.0
+
+
+def test_a_folder_gets_pictures_sheet_plots_report_and_record(tmp_path: Path) -> None:
+    folder = BenchFolder(tmp_path / "out")
+    folder.claim()
+    result = measure(engine(FakeFamily()), wish(steps=(2,)), start_s=0.0, keep=folder.keep)
+    folder.write(setup(), result)
+    names = sorted(path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*") if path.is_file())
+    assert names == [
+        "bench.json",
+        "memory.svg",
+        "pictures/001.png",
+        "pictures/002.png",
+        "pictures/steps-002-001.png",
+        "pictures/steps-002-002.png",
+        "report.md",
+        "seconds.svg",
+        "sheet.png",
+    ]
+    provenance = read_picture(folder.path / "pictures" / "steps-002-002.png").provenance
+    assert (provenance.prompt, provenance.seed, provenance.params.num_inference_steps) == ("a blue square", 1, 2)
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match=r"holds thesis\.tex already; name an empty or a new folder"):
+        BenchFolder(tmp_path).claim()
+
+
+def test_default_prompts_follow_the_family() -> None:
+    assert prompts_for(card())[0] == "a red circle on a white background"
+    assert "portrait" in prompts_for(card("/somewhere", family="qwen-image"))[0]
+    assert "1girl" in prompts_for(card("/somewhere", family="newbie"))[0]
+    assert "golden retriever" in prompts_for(card("/somewhere"))[0]
+
+
+def test_an_engine_says_what_memory_it_holds() -> None:
+    kept = np.ones(2**22)
+    memory = Engine(card(), numerics(), "cpu", 16.0, family=FakeFamily()).memory()
+    assert memory.peak_bytes >= memory.reserved_bytes > kept.nbytes

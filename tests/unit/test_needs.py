@@ -1,0 +1,161 @@
+"""What a model needs, by its files' headers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from farm.errors import ModelCardError
+from farm.modelcard import Adapter, Denoiser, ModelCard, RenderParams, SizeLimits, Source
+from farm.needs import GIB, folders_of, needs_of, part_bytes
+from tests.drawing import card
+from tests.unit.test_tensorfiles import write_gguf, write_safetensors
+
+WEIGHTS = {
+    "text_encoder": {
+        "model.embed_tokens.weight": (64, 32),
+        "model.layers.0.mlp.weight": (64, 64),
+        "model.layers.1.mlp.weight": (64, 64),
+        "model.layers.2.mlp.weight": (64, 64),
+        "model.norm.weight": (32,),
+        "lm_head.weight": (64, 32),
+        "visual.blocks.0.weight": (64, 64),
+    },
+    "transformer": {"x_in.weight": (10, 10), "layers.0.a.weight": (32, 64), "layers.1.a.weight": (32, 64)},
+    "vae": {"decoder.conv.weight": (4, 4, 3, 3)},
+}
+PARAMS = RenderParams(width=1024, height=1024, num_inference_steps=8, guidance_scale=0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, shapes in WEIGHTS.items():
+        write_safetensors(tmp_path / name / "model.safetensors", shapes)
+        (tmp_path / name / "config.json").write_text("{}")
+    return tmp_path
+
+
+def big(family: str = "z-image", **changes: Any) -> ModelCard:
+    fields: dict[str, Any] = {"defaults": PARAMS, "limits": SizeLimits(max_pixels=2**20)}
+    return card(family=family, **fields | changes)
+
+
+def in_bytes(gib: float | None) -> int:
+    return round((gib or 0.0) * GIB)
+
+
+def test_parts_count_in_the_plans_dtype_without_what_prompts_never_use(folder: Path) -> None:
+    needs = needs_of(big(), folder, dtype="bfloat16", batch=1)
+    assert in_bytes(needs.encoder_gib) == (64 * 32 + 3 * 64 * 64 + 32) * 2
+    assert in_bytes(needs.denoiser_gib) == (100 + 2 * 32 * 64) * 2
+    assert in_bytes(needs.decoder_gib) == 144 * 2
+    doubled = needs_of(big(), folder, dtype="float32", batch=1)
+    assert doubled.denoiser_gib == 2 * needs.denoiser_gib
+    assert part_bytes(big(), folder, "transformer", itemsize=2) == in_bytes(needs.denoiser_gib)
+
+
+def test_working_sets_follow_the_size_the_batch_and_guidance(folder: Path) -> None:
+    one = needs_of(big(), folder, dtype="bfloat16", batch=1, params=PARAMS)
+    assert (one.step_gib, one.decode_gib, one.batch, one.pixels) == (0.53, 1.52, 1, 2**20)
+    four = needs_of(big(), folder, dtype="bfloat16", batch=4, params=PARAMS)
+    assert (four.step_gib, four.decode_gib) == (4 * 0.53, 1.52)  # decoded one after the other
+    guided = PARAMS.model_copy(update={"guidance_scale": 4.0})
+    assert needs_of(big(), folder, dtype="bfloat16", batch=1, params=guided).step_gib == 2 * 0.53
+    in_turn = needs_of(big("qwen-image"), folder, dtype="bfloat16", batch=1, params=guided)
+    assert in_turn.step_gib == 0.40  # the two halves one after the other
+    assert needs_of(big(), folder, dtype="float32", batch=1, params=PARAMS).step_gib == 2 * 0.53
+
+
+def test_without_parameters_a_decode_and_urgent_images_count_at_the_cards_limits(folder: Path) -> None:
+    small = RenderParams(width=512, height=512, num_inference_steps=8, guidance_scale=0)
+    needs = needs_of(big(defaults=small, limits=SizeLimits(max_pixels=2**21)), folder, dtype="bfloat16", batch=1)
+    assert (needs.step_gib, needs.decode_gib) == (0.53 / 4, 2 * 1.52)
+    assert (needs.inner_step_gib, needs.inner_decode_gib) == (2 * 0.53, 2 * 1.52)
+
+
+def test_quantising_shrinks_matrices_and_leaves_embeddings_and_norms(folder: Path) -> None:
+    nf4 = needs_of(big(quantise={"encoder": "nf4"}), folder, dtype="bfloat16", batch=1)
+    assert in_bytes(nf4.encoder_gib) == (64 * 32 + 32) * 2 + 3 * 64 * 64 * 4.5 / 8
+    int8 = needs_of(big(quantise={"denoiser": "int8"}), folder, dtype="bfloat16", batch=1)
+    assert in_bytes(int8.denoiser_gib) == round((100 + 2 * 32 * 64) * 8.5 / 8)
+    assert (nf4.encoder_streamed_gib, int8.denoiser_streamed_gib, int8.denoiser_q4_gib) == (None, None, None)
+    on_cpu = needs_of(big(quantise={"encoder": "nf4"}), folder, dtype="bfloat16", batch=1, device="cpu")
+    assert in_bytes(on_cpu.encoder_gib) == (64 * 32 + 3 * 64 * 64 + 32) * 2
+
+
+def test_streaming_has_two_blocks_on_the_device_and_what_lies_outside_of_blocks(folder: Path) -> None:
+    needs = needs_of(big(), folder, dtype="bfloat16", batch=1)
+    assert in_bytes(needs.encoder_streamed_gib) == (64 * 32 + 2 * 64 * 64 + 32) * 2
+    assert in_bytes(needs.denoiser_streamed_gib) == (100 + 2 * 32 * 64) * 2
+
+
+def test_a_gguf_denoiser_counts_as_its_bytes_and_dequantises_in_each_step(folder: Path, tmp_path: Path) -> None:
+    own = Denoiser(path=str(tmp_path), file="m.gguf", format="gguf")
+    files = {"denoiser": write_gguf(tmp_path / "m.gguf")}
+    needs = needs_of(big("qwen-image", denoiser=own), folder, dtype="bfloat16", batch=1, files=files)
+    assert in_bytes(needs.denoiser_gib) == 4 * 36 + 24
+    assert (needs.step_gib, needs.denoiser_q4_gib) == (pytest.approx(0.4 + 0.4), None)
+
+
+def test_of_qwens_vae_only_the_folded_decoder_counts(folder: Path) -> None:
+    shapes = {"encoder.conv.weight": (4, 4, 3, 3, 3), "decoder.conv.weight": (4, 4, 3, 3, 3), "decoder.conv.bias": (4,)}
+    write_safetensors(folder / "vae" / "model.safetensors", shapes)
+    needs = needs_of(big("qwen-image"), folder, dtype="bfloat16", batch=1)
+    assert in_bytes(needs.decoder_gib) == (4 * 4 * 3 * 3 + 4) * 2
+
+
+def test_a_vae_of_its_own_and_adapters_count_too(folder: Path, tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "own" / "vae.safetensors", {"w": (10,)})
+    (tmp_path / "own" / "config.json").write_text("{}")
+    lora = write_safetensors(tmp_path / "lora.safetensors", {"layers.0.a.lora_A.weight": (8, 64)})
+    files = {"decoder": tmp_path / "own", "adapter:fast": lora}
+    adapted = big(
+        adapters=(Adapter(name="fast", path=str(tmp_path), file="lora.safetensors"),), decoder=Source(path="own")
+    )
+    needs = needs_of(adapted, folder, dtype="bfloat16", batch=1, files=files)
+    assert in_bytes(needs.decoder_gib) == 20
+    assert in_bytes(needs.denoiser_gib) == (100 + 2 * 32 * 64 + 8 * 64) * 2
+
+
+def test_an_encoder_on_the_cpu_is_the_cards_word(folder: Path) -> None:
+    assert not needs_of(big(), folder, dtype="bfloat16", batch=1).encoder_on_cpu
+    assert needs_of(big(options={"encoder_on": "cpu"}), folder, dtype="bfloat16", batch=1).encoder_on_cpu
+
+
+def test_the_parts_of_any_other_pipeline_follow_from_its_index(folder: Path) -> None:
+    index = {
+        "_class_name": "SomePipeline",
+        "vae": ["diffusers", "AutoencoderKL"],
+        "transformer": ["diffusers", "SomeTransformer"],
+        "text_encoder": ["transformers", "SomeModel"],
+        "text_encoder_2": [None, None],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    some = big("diffusers")
+    assert folders_of(some, folder) == {
+        "encoder": ("text_encoder",),
+        "denoiser": ("transformer",),
+        "decoder": ("vae",),
+    }
+    assert in_bytes(needs_of(some, folder, dtype="bfloat16", batch=1).encoder_gib) == 2 * sum(
+        a * b for a, b in ((64, 32), (192, 64), (32, 1), (64, 32), (64, 64))
+    )
+    del index["transformer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelCardError, match=r"model_index\.json names no denoiser \(transformer or unet\) with a"):
+        folders_of(some, folder)
+
+
+def test_files_that_are_missing_are_named(folder: Path) -> None:
+    (folder / "vae" / "config.json").write_text("[1]")
+    with pytest.raises(ModelCardError, match=r"vae/config\.json is not a JSON object; fetch the weights again"):
+        needs_of(big(), folder, dtype="bfloat16", batch=1)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelCardError, match=r"transformer/model-2\.safetensors is not there, 1 of 2 files missing"):
+        needs_of(big(), folder, dtype="bfloat16", batch=1)
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(ModelCardError, match=r"text_encoder has no \.safetensors file"):
+        needs_of(big(), folder, dtype="bfloat16", batch=1)

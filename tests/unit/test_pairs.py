@@ -1,0 +1,152 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from farm.errors import InputError, PictureError, UnknownJobError
+from farm.ledger import Ledger
+from farm.pairs import Side, SideBySide, amplified, difference, open_side, side_by_side
+from farm.plan import Plan
+from tests.unit.finished_jobs import commit_shard, make_ledger, make_plan, render_pass
+
+
+def flat(value: int, side: int = 64) -> np.ndarray:
+    return np.full((side, side, 3), value, dtype=np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def no_ledger() -> Ledger:
+    raise AssertionError("a path needs no store")
+
+
+def finish(ledger: Ledger, plan: Plan) -> None:
+    ledger.create_plan(plan, 1)
+    render_pass(ledger, plan, 1)
+
+
+def compared(a: Side, b: Side, *, most: int = 100) -> SideBySide:
+    found, pairs = side_by_side(a, b, most=most)
+    for _ in pairs:
+        pass
+    return found
+
+
+def test_a_difference_is_in_levels_and_decibels() -> None:
+    found = difference(flat(100), flat(110))
+    assert (found.mean_absolute, found.most, found.differing) == (10.0, 10, 1.0)
+    assert found.psnr_db == pytest.approx(28.1308, abs=1e-4)  # 20 log10(255 / 10)
+    assert difference(flat(0), flat(255)).psnr_db == 0.0
+    assert difference(flat(7), flat(7)).psnr_db is None
+
+
+def test_one_pixel_counts_as_one_of_all() -> None:
+    other = flat(100)
+    other[3, 4, 1] = 160
+    found = difference(flat(100), other)
+    assert (found.most, found.differing) == (60, 1 / 4096)
+    assert found.mean_absolute == pytest.approx(60 / (64 * 64 * 3))
+
+
+def test_an_amplified_difference_is_clipped() -> None:
+    assert amplified(flat(10), flat(14), times=8)[0, 0].tolist() == [32, 32, 32]
+    assert amplified(flat(0), flat(200), times=8)[0, 0].tolist() == [255, 255, 255]
+
+
+def test_two_files_are_a_pair(tmp_path: Path) -> None:
+    a, b = save(tmp_path / "a.png", flat(10)), save(tmp_path / "b.png", flat(12))
+    found = compared(open_side(str(a), no_ledger), open_side(str(b), no_ledger))
+    assert [pair.difference and pair.difference.mean_absolute for pair in found.pairs] == [2.0]
+    assert found.record()["mean_absolute"] == 2.0
+
+
+def test_folders_pair_by_name_and_count_what_stays_alone(tmp_path: Path) -> None:
+    for name in ("one", "two", "sheet"):
+        save(tmp_path / "a" / f"{name}.png", flat(10))
+    for name in ("two", "three", "four"):
+        save(tmp_path / "b" / f"{name}.webp", flat(10))
+    found = compared(open_side(str(tmp_path / "a"), no_ledger), open_side(str(tmp_path / "b"), no_ledger))
+    assert [pair.label for pair in found.pairs] == ["two"]
+    assert (found.only_a, found.only_b) == (1, 2)
+
+
+def test_folders_without_a_common_name_pair_by_order(tmp_path: Path) -> None:
+    save(tmp_path / "a" / "001.png", flat(10))
+    save(tmp_path / "b" / "x.png", flat(30))
+    found = compared(open_side(str(tmp_path / "a"), no_ledger), open_side(str(tmp_path / "b"), no_ledger))
+    assert [pair.difference and pair.difference.most for pair in found.pairs] == [20]
+
+
+def test_pictures_of_other_sizes_are_shown_and_not_compared(tmp_path: Path) -> None:
+    a, b = save(tmp_path / "a.png", flat(10)), save(tmp_path / "b.png", flat(10, side=32))
+    (pair,) = compared(open_side(str(a), no_ledger), open_side(str(b), no_ledger)).pairs
+    assert pair.difference is None
+    assert pair.note == "64x64 and 32x32: only pictures of one size are compared"
+
+
+def test_a_benchmarks_folder_brings_its_seconds_and_memory(tmp_path: Path) -> None:
+    save(tmp_path / "pictures" / "001.png", flat(10))
+    record = {
+        "warm": {"whole picture": {"median": 2.5}},
+        "memory": {"peak_gib": {"load": 1.0, "denoise": 9.5}},
+        "device": "a GPU",
+    }
+    (tmp_path / "bench.json").write_text(json.dumps(record))
+    side = open_side(str(tmp_path), no_ledger)
+    assert (side.kind, side.seconds, side.peak_gib, side.devices) == ("benchmark", 2.5, 9.5, ("a GPU",))
+    (tmp_path / "bench.json").write_text("[]")
+    with pytest.raises(PictureError, match=r"bench\.json: is no record of farm bench; run it again"):
+        open_side(str(tmp_path), no_ledger)
+
+
+def test_jobs_pair_by_index_and_say_their_seconds(tmp_path: Path) -> None:
+    ledger = make_ledger(tmp_path)
+    a, b = make_plan(job="a"), make_plan(job="b", run="11112222")
+    finish(ledger, a)
+    finish(ledger, b)
+    found = compared(open_side("a", lambda: ledger), open_side("b/11112222", lambda: ledger))
+    assert (found.paired, len(found.compared()), found.record()["identical"]) == (10, 10, 10)
+    assert found.a.seconds is not None
+    assert found.a.gpu_seconds is not None
+    assert found.changes == ()
+    assert found.b.name == "b/11112222"
+
+
+def test_only_so_many_pairs_are_looked_at_spread_evenly(tmp_path: Path) -> None:
+    ledger = make_ledger(tmp_path)
+    finish(ledger, make_plan(job="a"))
+    found = compared(open_side("a", lambda: ledger), open_side("a", lambda: ledger), most=3)
+    assert [pair.label for pair in found.pairs] == ["0", "3", "6"]
+    assert found.paired == 10
+
+
+def test_a_failed_image_is_a_pair_without_a_difference(tmp_path: Path) -> None:
+    ledger = make_ledger(tmp_path)
+    a, b = make_plan(job="a"), make_plan(job="b")
+    finish(ledger, a)
+    ledger.create_plan(b, 1)
+    for shard in range(3):
+        commit_shard(ledger, b, shard, failed=[1])
+    found = compared(open_side("a", lambda: ledger), open_side("b", lambda: ledger))
+    assert found.pairs[1].note == "no picture in b"
+    assert len(found.compared()) == 9
+
+
+def test_a_name_that_is_nothing_says_what_may_be_named(tmp_path: Path) -> None:
+    ledger = make_ledger(tmp_path)
+    finish(ledger, make_plan(job="a"))
+    with pytest.raises(InputError, match=r"pictures/a\.png: there is no such file or folder"):
+        open_side("pictures/a.png", lambda: ledger)
+    with pytest.raises(UnknownJobError, match="no job 'b'"):
+        open_side("b", lambda: ledger)
+    with pytest.raises(UnknownJobError, match="job a has no run 99999999; its newest is 0a1b2c3d"):
+        open_side("a/99999999", lambda: ledger)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no PNG, JPEG or WebP picture"):
+        open_side(str(tmp_path / "empty"), no_ledger)
