@@ -42,12 +42,12 @@ async def scrape(client: httpx2.AsyncClient) -> dict[str, float]:
     return found
 
 
-async def until(client: httpx2.AsyncClient, expected: dict[str, float]) -> dict[str, float]:
-    """Scrape until everyone has told what it counted and these numbers show, which takes fractions of a second."""
+async def until(client: httpx2.AsyncClient, expected: dict[str, float], *, told: str | None = None) -> dict[str, float]:
+    """Scrape until everyone has told what it counted and these numbers show, and `told` at all: fractions of a second."""
     shown: dict[str, float] = {}
     for _ in range(300):
         shown = await scrape(client)
-        if expected.items() <= shown.items():
+        if expected.items() <= shown.items() and (told is None or told in shown):
             return shown
         await asyncio.sleep(0.1)
     raise AssertionError(f"{ {name: shown.get(name) for name in expected} } after 30 s, expected {expected}")
@@ -66,7 +66,8 @@ def test_urgent_images_are_counted_by_who_draws_and_who_stores_them(tmp_path: Pa
             assert answer.status_code == 200, answer.text
             await farm.services.keeping.close()
             generations = 'farm_http_requests_total{method="POST",route="/v1/images/generations",status="200"}'
-            shown = await until(client, {DRAWN: 2, generations: 1, 'farm_renderers{state="idle"}': 1, "farm_seats": 0})
+            expected = {DRAWN: 2, generations: 1, 'farm_renderers{state="idle"}': 1, "farm_seats": 0}
+            shown = await until(client, expected, told='farm_stored_bytes_total{class="urgent"}')
             for stage in ("encode", "denoise", "decode"):
                 assert shown[f'farm_stage_seconds_total{{class="urgent",model="sketch",stage="{stage}"}}'] > 0
             assert shown['farm_stored_bytes_total{class="urgent"}'] > 2 * 1000
