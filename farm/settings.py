@@ -60,8 +60,8 @@ class Settings(BaseSettings):
     host_gib: float | None = Field(
         default=None,
         ge=0,
-        description="main memory of each node for models that are not in use, so that they come back by a copy, GiB; half of what "
-        "is free where empty",
+        description="main memory of each node for models that are not in use, so that they come back by a copy, GiB; half of "
+        "what is free where empty",
     )
     address: str | None = Field(
         default=None, description="Ray address of a running farm; this machine's own where empty"
