@@ -168,7 +168,7 @@ def test_light_mode_s_scene_has_its_own_figures_and_is_drawn_with_the_authors_to
     assert figures(f"zimage-{scene}") == [(512, 512, steps, guidance)]
     assert drawn(f"articles/zimage-{scene}.yaml")[0].negative_prompt == negative
     assert words in prompts("zimage-authors")
-    assert figures("zimage-authors") == [(512, 512, 9, 0)]
+    assert figures("zimage-authors") == [(512, 512, 8, 0)]
 
 
 def test_chosen_seeds_were_explored_with_the_same_words() -> None:
@@ -182,8 +182,8 @@ def test_chosen_seeds_were_explored_with_the_same_words() -> None:
         assert isinstance(after, tuple)
         assert set(after) < set(before)
         assert prompts(explored) == prompts(chosen)
-    assert figures("zimage-explore") == [(512, 512, 9, 0)]
-    assert figures("zimage-chosen") == [(1024, 1024, 9, 0)]
+    assert figures("zimage-explore") == [(512, 512, 8, 0)]
+    assert figures("zimage-chosen") == [(1024, 1024, 8, 0)]
 
 
 def test_portrait_is_drawn_with_20_40_and_60_steps_of_one_seed() -> None:

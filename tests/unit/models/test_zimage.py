@@ -349,3 +349,18 @@ def test_a_model_that_was_parked_comes_back_without_its_files(folder: Path, tmp_
     engine.load()
     engine.render([spec(0)], on_picture=after.append)
     assert np.array_equal(before[0].pixels, after[0].pixels)
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_a_step_is_one_pass_of_the_denoiser_and_the_last_one_comes_from_the_lowest_level(
+    family: ZImageFamily, steps: int
+) -> None:
+    levels: list[float] = []
+    hook = family._steps.register_forward_pre_hook(lambda _, inputs: levels.append(1 - float(inputs[1][0])))
+    specs = [spec(0, num_inference_steps=steps, guidance_scale=0.0)]
+    positive = [family.encode(family.tokenize("a red circle"))]
+    family.denoise(specs, family.noise(specs), positive=positive, negative=[], on_step=lambda step, of: None)
+    hook.remove()
+    shift = 3.0
+    even = [1 - number / steps for number in range(steps)]
+    assert levels == pytest.approx([shift * level / (1 + (shift - 1) * level) for level in even], abs=1e-5)
