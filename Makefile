@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CHAOS ?= --round all
+GPU ?=
 
-.PHONY: install demo test check bench chaos clean
+.PHONY: install demo test check bench bench-gpu chaos clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +33,9 @@ test: install
 
 bench: install
 	$(BIN)/python -m farm.bench
+
+bench-gpu: install
+	$(BIN)/python -m farm.bench.gpu $(GPU)
 
 chaos: install
 	infra/s3/ceph.sh install

@@ -103,6 +103,7 @@ class RendererActor:
             ledger=Ledger(open_store(settings.store, settings)),
             link=DispatcherLink(),
             machine=machine,
+            renderers=settings.renderers,
             gpu=_gpu(),
         )
         self._work: asyncio.Task[None] | None = None

@@ -103,9 +103,13 @@ def cores_each(device: DeviceInfo, renderers: int) -> int:
     return max(1, device.cores // renderers) if device.kind == "cpu" else 1
 
 
-def renderers_on(device: DeviceInfo, cores: int) -> int:
-    """How many renderers, each with so many cores, there may be on a machine: one a GPU, else as many as share its cores."""
-    return len(device.gpus) or max(1, device.cores // max(1, cores))
+def renderers_on(device: DeviceInfo, cores: int, *, most: int | None = None) -> int:
+    """How many renderers, each with so many cores, there may be on a machine: one a GPU, else as many as share its cores.
+
+    `most`: all that the farm has, where somebody set their number.
+    """
+    there = len(device.gpus) or max(1, device.cores // max(1, cores))
+    return min(there, most or there)
 
 
 def default_renderers(device: DeviceInfo, *, stays: bool = False) -> int:

@@ -149,6 +149,7 @@ class Engine:
         device: str,
         vram_gib: float,
         *,
+        renderers: int | None = None,
         family: Family | None = None,
         cache: "EmbeddingCache | None" = None,
     ):
@@ -159,7 +160,7 @@ class Engine:
         self.parked = False
         self._device = device
         self._vram_gib = vram_gib
-        self._family = family or open_family(card, numerics, device=device, vram_gib=vram_gib)
+        self._family = family or open_family(card, numerics, device=device, vram_gib=vram_gib, renderers=renderers)
         self._cache = EmbeddingCache(CACHE_BYTES) if cache is None else cache
         self._inside: Engine | None = None
 

@@ -147,7 +147,7 @@ class Engines:
         """An engine that is not on the device: from host memory where it is kept, else from its files."""
         engine = self._one_of(self._kept, fits)
         self._make_room(displaces=displaces)
-        engine = engine or Engine(card, numerics, self._device, self._vram_gib)
+        engine = engine or Engine(card, numerics, self._device, self._vram_gib, renderers=self._renderers)
         self._load(engine)
         self._trim(displaces=displaces)
         return engine

@@ -6,7 +6,7 @@ Reads headers of weights that are on this machine, and asks no network. Imports 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from farm.devices import DeviceInfo, Gpu, HostMemory
+from farm.devices import DeviceInfo, Gpu, HostMemory, default_renderers
 from farm.errors import PlacementError, SettingsError
 from farm.modelcard import ModelCard
 from farm.needs import GIB, files_of, needs_of
@@ -79,18 +79,26 @@ def fits(
     if not are_here(card, settings=settings):
         return None
     found: dict[DeviceLimits, int] = {}
-    for limits in _limits(device, settings.vram_gib, host):
+    for limits in _limits(device, settings, host):
         found[limits] = found.get(limits, 0) + 1
     return tuple(_fit(card, numerics, limits=limits, count=count, settings=settings) for limits, count in found.items())
 
 
-def _limits(device: DeviceInfo, vram_gib: float, host: HostMemory | None) -> Iterator[DeviceLimits]:
-    host_gib = None if host is None else host.total_bytes / GIB
+def _limits(device: DeviceInfo, settings: Settings, host: HostMemory | None) -> Iterator[DeviceLimits]:
+    host_gib, vram_gib = None if host is None else host.total_bytes / GIB, settings.vram_gib
+    renderers = settings.renderers or default_renderers(device)
     if not device.gpus:
-        yield DeviceLimits("cpu", device.name, vram_gib, host_gib=host_gib)
+        renderers = min(renderers, max(1, device.cores))
+        yield DeviceLimits("cpu", device.name, vram_gib, host_gib=host_gib, renderers=renderers)
     for gpu in device.gpus:
         yield DeviceLimits(
-            "cuda", gpu.name, vram_gib, gpu.memory_bytes / GIB, gpu.capability, host_gib, renderers=len(device.gpus)
+            "cuda",
+            gpu.name,
+            vram_gib,
+            gpu.memory_bytes / GIB,
+            gpu.capability,
+            host_gib,
+            min(renderers, len(device.gpus)),
         )
 
 

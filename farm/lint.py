@@ -97,7 +97,8 @@ def _advice(text: str, family: str, max_tokens: int | None) -> Iterator[Advice]:
             )
         elif family == READS_XML:
             yield from _xml_advice(looked_at, whole=whole)
-    brands = dict.fromkeys(found[0] for found in _BRAND.finditer(looked_at))
+    found_brands = _BRAND.finditer(text[: LOOKED_AT + 1])  # a character more: a word that is cut off is no brand
+    brands = dict.fromkeys(found[0] for found in found_brands if found.end() <= LOOKED_AT)
     if brands:
         yield Advice("brand", f"names a brand ({', '.join(brands)}), which tends to be drawn as a logo; take it out")
     if max_tokens is not None and len(text) > max_tokens:
@@ -131,6 +132,8 @@ def _xml_advice(text: str, *, whole: bool) -> Iterator[Advice]:
     for mark in marks(text):
         line = f"line {lines.at(mark.start)}"
         if mark.kind == "stray":
+            if not whole and not set("<>").intersection(text[mark.end :]):
+                return  # perhaps a tag, and cut off here
             yield Advice("stray_bracket", "a `<` begins no tag; write &lt; for the character, or end the tag", line)
             continue
         if mark.kind in ("open", "empty"):

@@ -304,9 +304,12 @@ def manifest_in(document: Document, folder: Path, *, read_url: ReadUrl | None = 
             raise ManifestError(
                 f"{document.where(loc)}: include: is read from files and s3:// alone, got {shown(file)}; download it"
             )
-        return read_yaml(folder / Path(file).expanduser(), ManifestError, what=INCLUDED)
+        return read_yaml(_path_in(folder, file, document, loc), ManifestError, what=INCLUDED, pipes=False)
 
     loaded = manifest_of(document, read_included=read)
+    for loc, file in named_files(loaded.manifest):
+        if "://" not in file:
+            _path_in(folder, file, document, loc)
     return LoadedManifest(manifest=_with_absolute_files(loaded.manifest, folder), document=loaded.document)
 
 
@@ -432,6 +435,17 @@ def _fault(text: str, *at: str | int) -> PydanticCustomError:
 
 def _refuse_included(file: str, _loc: Loc) -> Document:
     raise ManifestError(f"include: files cannot be read from here, got {shown(file)}; write the characters out")
+
+
+def _path_in(folder: Path, file: str, document: Document, loc: Loc) -> Path:
+    """Return the path that a manifest's key names. Raises ManifestError where it can be none."""
+    key = f"{document.where(loc)}: {'.'.join(map(str, loc))}"
+    if "\0" in file:
+        raise ManifestError(f"{key}: {shown(file)} has a NUL, which no path has; take it out")
+    try:
+        return folder / Path(file).expanduser()
+    except RuntimeError as exc:
+        raise ManifestError(f"{key}: no home is known for the user of {shown(file)}; write the path out") from exc
 
 
 def _with_absolute_files(manifest: Manifest, folder: Path) -> Manifest:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -21,6 +21,7 @@ from farm.yamlfile import did_you_mean, read_yaml, shown, validate
 
 PACKAGE = "package:"
 """How a path begins that lies inside an installed package."""
+_NEGATIVE_NAME = re.compile(r"[^@\s]\S*")
 _BUCKET_URL = re.compile(r"s3://[^/]+(/.*)?")
 
 HOW_TO_ADD = " (FARM_MODELS names a folder of more)"
@@ -53,6 +54,7 @@ class ParamOverrides(Card):
     guidance_scale: float | None = Field(default=None, ge=0)
 
 
+AnySource = TypeVar("AnySource", bound="Source")
 AnyOverrides = TypeVar("AnyOverrides", RenderParams, ParamOverrides, "Preset")
 
 
@@ -69,10 +71,11 @@ class Source(Card):
 
     path: str | None = Field(
         default=None,
+        min_length=1,
         description="folder; relative to the card's file, or package:NAME/FOLDER inside an installed package",
     )
-    hub: str | None = Field(default=None, description="hub id")
-    s3: str | None = Field(default=None, description="s3://bucket/prefix, copied to each node once")
+    hub: str | None = Field(default=None, min_length=1, description="hub id")
+    s3: str | None = Field(default=None, min_length=1, description="s3://bucket/prefix, copied to each node once")
     revision: str | None = Field(
         default=None, description="commit, tag or branch of the hub id; in a plan what `pinned` found"
     )
@@ -81,6 +84,11 @@ class Source(Card):
     def given(self) -> str | None:
         """Whichever of the places is written."""
         return self.path or self.hub or self.s3
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """By which keys places are given; a sound source has one."""
+        return tuple(name for name in ("path", "hub", "s3") if getattr(self, name) is not None)
 
 
 class WeightsFile(Source):
@@ -116,7 +124,20 @@ class SizeLimits(Card):
     min_px: int = Field(default=64, gt=0, description="shortest side")
     max_px: int = Field(default=2048, gt=0, description="longest side")
     max_pixels: int = Field(default=2048 * 2048, gt=0, description="width x height")
-    sizes: tuple[tuple[int, int], ...] = ()
+    sizes: tuple[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]], ...] = ()
+
+    @model_validator(mode="after")
+    def _leaves_a_size(self) -> Self:
+        if self.min_px > self.max_px:
+            raise _fault(f"{self.min_px} is more than max_px, {self.max_px}; lower it", "min_px")
+        if self.multiple_of > self.max_px:
+            raise _fault(f"{self.multiple_of} is more than max_px, {self.max_px}; lower it", "multiple_of")
+        if not self.sizes and -(-self.min_px // self.multiple_of) > self.max_px // self.multiple_of:
+            raise _fault(
+                f"no multiple of {self.multiple_of} lies between min_px {self.min_px} and max_px {self.max_px}; change one",
+                "multiple_of",
+            )
+        return self
 
 
 class ModelCard(Card):
@@ -156,7 +177,7 @@ class ModelCard(Card):
     negative_prompts: dict[str, str] = Field(
         default={}, description="negative prompts by name; written as @NAME where one is asked for"
     )
-    seconds_per_image: dict[str, float] = Field(
+    seconds_per_image: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default={}, description="estimate at the defaults by device kind, where somebody measured one"
     )
 
@@ -168,6 +189,18 @@ class ModelCard(Card):
         for device, entry in value.items():
             if entry == () or (isinstance(entry, int) and entry < 1):
                 raise _fault(f"must be at least one, got {shown(entry)}; change it", device)
+        return value
+
+    @field_validator("negative_prompts")
+    @classmethod
+    def _can_be_asked_for(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not _NEGATIVE_NAME.fullmatch(name):
+                raise _fault(
+                    f"{shown(name)} cannot be asked for as @NAME; a name has no blanks, does not begin with @ and is not empty: "
+                    "rename it",
+                    name,
+                )
         return value
 
     @model_validator(mode="after")
@@ -253,9 +286,20 @@ def list_cards(settings: Settings) -> list[ModelCard]:
     return [load_card(file) for file in _card_files(settings).values()]
 
 
+def look_through(settings: Settings) -> dict[str, ModelCard | ModelCardError]:
+    """Return every card by name, and in place of one that is wrong what is wrong with it."""
+    found: dict[str, ModelCard | ModelCardError] = {}
+    for name, file in _card_files(settings).items():
+        try:
+            found[name] = load_card(file)
+        except ModelCardError as exc:
+            found[name] = exc
+    return found
+
+
 def load_card(path: Path) -> ModelCard:
     """Read one card file; a relative `path` of a source comes out absolute. Raises ModelCardError with file and line."""
-    document = read_yaml(path, ModelCardError, what="model card")
+    document = read_yaml(path, ModelCardError, what="model card", pipes=False)
     lists = {
         "": tuple(ModelCard.model_fields),
         "source": tuple(Source.model_fields),
@@ -276,13 +320,24 @@ def load_card(path: Path) -> ModelCard:
             f"call the file {card.name}.yaml"
         )
     folder = path.absolute().parent
-    found: dict[str, object] = {"source": _absolute(card.source, folder)}
-    found |= {name: _absolute(part, folder) for name in ("denoiser", "decoder") if (part := getattr(card, name))}
-    found["adapters"] = tuple(_absolute(adapter, folder) for adapter in card.adapters)
+
+    def absolute(source: AnySource, *at: str | int) -> AnySource:
+        try:
+            return _absolute(source, folder)
+        except (RuntimeError, OSError) as exc:
+            said = "has no home or goes in a circle" if isinstance(exc, RuntimeError) else exc.strerror or str(exc)
+            place = ".".join(map(str, (*at, "path")))
+            raise ModelCardError(
+                f"{document.where((*at, 'path'))}: {place}: {shown(source.path)} names no folder ({said}); write the path out"
+            ) from exc
+
+    found: dict[str, object] = {"source": absolute(card.source, "source")}
+    found |= {name: absolute(part, name) for name in ("denoiser", "decoder") if (part := getattr(card, name))}
+    found["adapters"] = tuple(absolute(adapter, "adapters", at) for at, adapter in enumerate(card.adapters))
     return card.model_copy(update=found)
 
 
-def _absolute(source: Source, folder: Path) -> Source:
+def _absolute(source: AnySource, folder: Path) -> AnySource:
     if source.path is None or source.path.startswith(PACKAGE):
         return source
     return source.model_copy(update={"path": str((folder / Path(source.path).expanduser()).resolve())})
@@ -374,11 +429,21 @@ def resolved(card: ModelCard, overrides: AnyOverrides) -> AnyOverrides:
 
 def _check_source(at: tuple[str | int, ...], source: Source, *, nowhere: bool) -> None:
     """Raise a fault of one source; `nowhere`: it may name no place."""
-    given = [place for place in (source.path, source.hub, source.s3) if place is not None]
-    if len(given) != 1 and not (nowhere and not given):
+    if len(source.places) > 1:
+        raise _fault(f"names {' and '.join(source.places)}, and weights are in one place; keep one of them", *at)
+    if not source.places and not nowhere:
         raise _fault("needs one of path, hub and s3; name where the weights are", *at)
     if source.s3 is not None and not _BUCKET_URL.fullmatch(source.s3):
         raise _fault(f"must be s3://bucket/prefix, got {shown(source.s3)}; mend it", *at, "s3")
+    for name in (*source.places, "file"):
+        if "\0" in (text := getattr(source, name, "")):
+            raise _fault(f"{shown(text)} has a NUL, which no name has; take it out", *at, name)
+    if source.path is not None and source.path.startswith(PACKAGE):
+        package, _, inside = source.path.removeprefix(PACKAGE).partition("/")
+        if not all(word.isidentifier() for word in package.split(".")):
+            raise _fault(f"must be {PACKAGE}NAME/FOLDER, got {shown(source.path)}; mend it", *at, "path")
+        if PurePosixPath(inside).is_absolute() or ".." in PurePosixPath(inside).parts:
+            raise _fault(f"must lie inside of its package, got {shown(source.path)}; mend it", *at, "path")
     if not isinstance(source, WeightsFile):
         return
     file = PurePosixPath(source.file)

@@ -31,6 +31,8 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
 """Family -> part -> folders; those of the family `diffusers` follow from its model_index.json."""
 ALSO_CALLED = {"clip_model": "text_encoder_2"}
 """What a folder of the above is called in diffusers' layout, where a model's authors have their own."""
+NOT_QUANTISED = {"newbie": ("clip_model", "text_encoder_2")}
+"""Family -> folders of its encoder that a card's `quantise` leaves as they are."""
 NOT_LOADED = frozenset(
     {
         "lm_head",
@@ -43,6 +45,8 @@ NOT_LOADED = frozenset(
     }
 )
 """What the text encoders of the families above have in their files and prompts never use, by a segment of a tensor's name."""
+MERGED = frozenset({"lora_A", "lora_B"})
+"""Segments of names of what is added to other weights as they load (`farm/models/newbie_text.py`)."""
 ENCODING = ("encoder.", "quant_conv.")
 """What Qwen's VAE has for encoding pictures, which is let go of when it is folded (`farm/models/qwen_vae.py`)."""
 KEPT_WHOLE = ("embed", "norm", "lm_head")
@@ -104,17 +108,19 @@ def needs_of(
     """Return what a card's model needs. Raises ModelCardError for files that are missing, cut off or of another kind.
 
     `folder`: the model's. `files`: where the card's own `denoiser` (a file) and `decoder` (a folder) lie, and each adapter's
-    file by `adapter:NAME`. Without `params` a step is counted at the card's defaults and a decode at its limits: an engine is
-    loaded before it sees a plan's sizes. `device`: on a CPU nothing is quantised.
+    file by `adapter:NAME`. Without `params` a decode is counted at the card's limits, and so is a step of several pictures, with
+    guidance; a step of one at the card's defaults: an engine is loaded before it sees a plan's sizes. `device`: on a CPU nothing
+    is quantised.
     """
     quantise = card.quantise if device != "cpu" else {}
     parts = _parts(card, folder, files or {}, dtype=dtype, quantise=quantise)
     gguf = card.denoiser is not None and card.denoiser.format == "gguf"
     working = WORKING_SETS[card.family]
     drawn = params or card.defaults
-    pixels = drawn.width * drawn.height
     limit = min(card.limits.max_pixels, card.limits.max_px**2)
-    forwards = 2 if working.joined and drawn.guidance_scale > 0 else 1
+    at_most = params is None and batch > 1
+    pixels = limit if at_most else drawn.width * drawn.height
+    forwards = 2 if working.joined and (at_most or drawn.guidance_scale > 0) else 1
     scale = ITEM_BYTES[dtype] / 2 / 2**20
     extra_gib = GGUF_STEP_GIB if gguf else 0.0
     largest_decode_gib = working.decode * max(DECODE_PIXELS, limit) * scale
@@ -196,15 +202,19 @@ def _parts(
     def heads(part: str) -> list[TensorHead]:
         return [head for name in folders[part] for head in _folder_heads(card, folder / name)]
 
-    encoder = heads("encoder")
-    if card.family in PARTS:
-        encoder = [head for head in encoder if not NOT_LOADED & set(head.name.split("."))]
+    encoder: list[Sized] = []
+    for name in folders["encoder"]:
+        given = _folder_heads(card, folder / name)
+        if card.family in PARTS:
+            given = tuple(head for head in given if not (NOT_LOADED | MERGED) & set(head.name.split(".")))
+        whole = name in NOT_QUANTISED.get(card.family, ())
+        encoder += _sized(given, itemsize, None if whole else quantise.get("encoder"))
     own = files.get("denoiser")
-    given = heads("denoiser") if own is None else read_heads(card.name, own)
+    read = heads("denoiser") if own is None else read_heads(card.name, own)
     if own is not None and own.suffix == ".gguf":
-        denoiser = [Sized(head.name, head.elements, head.nbytes) for head in given]
+        denoiser = [Sized(head.name, head.elements, head.nbytes) for head in read]
     else:
-        denoiser = _sized(given, itemsize, quantise.get("denoiser"))
+        denoiser = _sized(read, itemsize, quantise.get("denoiser"))
     for name, path in sorted(files.items()):
         if name.startswith("adapter:"):
             denoiser += _sized(read_heads(card.name, path), itemsize, None)
@@ -212,7 +222,7 @@ def _parts(
     if card.family == "qwen-image":
         decoder = [_folded(head) for head in decoder if not head.name.startswith(ENCODING)]
     return {
-        "encoder": _sized(encoder, itemsize, quantise.get("encoder")),
+        "encoder": encoder,
         "denoiser": denoiser,
         "decoder": _sized(decoder, itemsize, None),
     }

@@ -1,15 +1,18 @@
 """Two sets of pictures side by side: jobs, folders or single files, paired, and how far each pair is apart.
 
-Pictures of two keyed jobs pair by key, of other jobs by index, of folders by name, or by order where no name is in both.
-Pixels are compared as uint8, after the loss of a lossy format. Reads only; a pair is loaded, compared and let go of.
+Pictures of two keyed jobs pair by key, of other jobs by index, of folders by name; one picture pairs with one, whatever
+their names. Pixels are compared as uint8, with their alpha, after the loss of a lossy format; what has more than 8 bits a
+channel is not compared. Reads only; a pair is loaded, compared and let go of.
 """
 
 import io
 import json
 import re
 import statistics
+import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -31,8 +34,11 @@ MOST_ROWS = 100_000
 """Of one job, so many pictures are looked at at most: the first ones."""
 PARAMS = ("prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed")
 _BENCH = "bench.json"
+_NAME_SHOWN = 100
 _DRAWN_BESIDE = ("sheet", "pairs")
 """Pictures of pictures, which lie in folders of the farm's beside them."""
+_EXACT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA"})
+"""Pillow's modes that become RGB, with alpha or without, at 8 bits a channel and without any loss."""
 _RUN = re.compile(r"[0-9a-f]{8}")
 
 
@@ -72,7 +78,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two pictures of one label. `difference` is None where one is missing, or where they are not of one size: `note` says it."""
+    """Two pictures of one label. `difference` is None where they could not be compared: `note` says why."""
 
     label: str
     a: Shown
@@ -128,7 +134,10 @@ class SideBySide:
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> Difference:
-    """Compare two pictures of one shape, height x width x 3, uint8. PSNR is 10 log10(255² / mean squared difference)."""
+    """Compare two pictures of one shape, height x width x 3, or 4 with alpha, uint8.
+
+    PSNR is 10 log10(255² / mean squared difference).
+    """
     apart = np.abs(a.astype(np.int16) - b.astype(np.int16))
     squared = float((apart.astype(np.float64) ** 2).mean())
     return Difference(
@@ -140,8 +149,10 @@ def difference(a: np.ndarray, b: np.ndarray) -> Difference:
 
 
 def amplified(a: np.ndarray, b: np.ndarray, *, times: int) -> np.ndarray:
-    """Return the absolute difference of two pictures so many times as strong, uint8."""
+    """Return the absolute difference of two pictures so many times as strong, uint8; alpha's brightens all three colours."""
     apart = np.abs(a.astype(np.int16) - b.astype(np.int16)) * times
+    if apart.shape[2] == 4:
+        apart = np.maximum(apart[..., :3], apart[..., 3:])
     return apart.clip(0, 255).astype(np.uint8)
 
 
@@ -166,18 +177,38 @@ def _compare(found: SideBySide, chosen: Sequence[tuple[str, str]]) -> Iterator[t
     nothing = np.empty((0, 0, 3), dtype=np.uint8)
     for one, other in chosen:
         first, second = found.a.pictures[one], found.b.pictures[other]
-        left, right = first.load(), second.load()
-        apart, note = None, ""
+        (left, fault), (right, other_fault) = _loaded(first), _loaded(second)
+        apart, note = None, "; ".join(dict.fromkeys(said for said in (fault, other_fault) if said))
         if left is None or right is None:
-            note = f"no picture in {' and '.join(s.name for s, p in ((found.a, left), (found.b, right)) if p is None)}"
-        elif left.shape != right.shape:
+            lacking = [side.name for side, pixels in ((found.a, left), (found.b, right)) if pixels is None]
+            note = note or f"no picture in {' and '.join(lacking)}"
+        elif left.shape[:2] != right.shape[:2]:
             sizes = [f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in (left, right)]
             note = f"{sizes[0]} and {sizes[1]}: only pictures of one size are compared"
         else:
+            left, right = _evened(left, right)
             apart = difference(left, right)
         pair = Pair(first.label, first, second, apart, note)
         found.pairs.append(pair)
         yield pair, nothing if left is None else left, nothing if right is None else right
+
+
+def _loaded(shown: Shown) -> tuple[np.ndarray | None, str]:
+    """A picture's pixels, or why there are none to compare."""
+    try:
+        return shown.load(), ""
+    except PictureError as exc:
+        return None, exc.message
+
+
+def _evened(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two pictures with as many channels each: one without alpha is opaque where the other has it."""
+    if a.shape[2] == b.shape[2]:
+        return a, b
+    opaque = [
+        one if one.shape[2] == 4 else np.dstack((one, np.full(one.shape[:2], 255, dtype=np.uint8))) for one in (a, b)
+    ]
+    return opaque[0], opaque[1]
 
 
 def open_side(name: str, ledger: Callable[[], Ledger]) -> Side:
@@ -186,10 +217,19 @@ def open_side(name: str, ledger: Callable[[], Ledger]) -> Side:
     A path that is there goes before a job. Raises InputError, UnknownJobError, PictureError, RecordError.
     """
     path = Path(name)
-    if path.is_file():
-        return Side(name, "picture", {"": _of_file(path, path.name)})
-    if path.is_dir():
-        return _folder(path, name)
+    if not name.strip():
+        raise InputError(
+            "an empty name stands for nothing; name a picture, a folder of pictures, or a job of the store"
+        )
+    try:
+        if path.is_file():
+            _check_picture(path)
+            return Side(name, "picture", {"": _of_file(path, path.name)})
+        if path.is_dir():
+            return _folder(path, name)
+    except OSError as exc:
+        short = name if len(name) <= _NAME_SHOWN else f"{name[:_NAME_SHOWN]}…"
+        raise InputError(f"{short}: cannot be read: {exc.strerror}; name pictures, or a job of the store") from exc
     job, _, run = name.rpartition("/")
     if not job or not _RUN.fullmatch(run):
         job, run = name, ""
@@ -206,10 +246,12 @@ def _folder(path: Path, name: str) -> Side:
     )
     if not files:
         raise InputError(f"{name}: holds no PNG, JPEG or WebP picture; name another folder")
+    keys = [file.relative_to(path) for file in files]
+    stems = Counter(key.with_suffix("") for key in keys)
     pictures = {}
-    for file in files:
-        label = file.relative_to(path).with_suffix("").as_posix()
-        pictures[label] = _of_file(file, label)
+    for file, key in zip(files, keys, strict=True):
+        stem = key.with_suffix("")
+        pictures[key.as_posix()] = _of_file(file, (stem if stems[stem] == 1 else key).as_posix())
     bench = path / _BENCH
     if not bench.is_file():
         return Side(name, "folder", pictures)
@@ -228,7 +270,7 @@ def _folder(path: Path, name: str) -> Side:
 
 
 def _of_file(file: Path, label: str) -> Shown:
-    return Shown(label, _params_of_file(file), None, partial(_pixels, file))
+    return Shown(label, _params_of_file(file), None, partial(_pixels, file, str(file)))
 
 
 def _params_of_file(file: Path) -> Mapping[str, Any]:
@@ -246,13 +288,34 @@ def _params(provenance: Provenance) -> dict[str, Any]:
     }
 
 
-def _pixels(source: Path | bytes) -> np.ndarray:
-    where = str(source) if isinstance(source, Path) else "a stored picture"
+def _check_picture(path: Path) -> None:
+    """Raise PictureError where a file that somebody named cannot be read as a picture; what its pixels are is another matter."""
+    with _reading(str(path)), Image.open(path) as image:
+        image.load()
+
+
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as exc:
+        yield
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as exc:
         raise PictureError(f"{where}: cannot be read as a picture: {exc}; leave it out") from exc
+
+
+def _pixels(source: Path | bytes, where: str) -> np.ndarray:
+    """Height x width x 3, or 4 where anything is not opaque. Raises PictureError for pixels that 8 bits would not hold."""
+    with _reading(where), Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+        deep = any(";16" in str(tile[3]) for tile in image.tile)  # Pillow drops the lower half of these unasked
+        mode = image.mode
+        pixels = None
+        if not deep and mode in _EXACT_MODES:
+            pixels = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+    if pixels is None:
+        kind = "has 16 bits a channel" if deep else f"has pixels of mode {mode}"
+        raise PictureError(f"{where}: {kind}; only grey and RGB of 8 bits a channel are compared: convert both")
+    if pixels.shape[2] == 4 and pixels[..., 3].min() == 255:
+        pixels = pixels[..., :3]
+    return pixels
 
 
 def _job(ledger: Ledger, job: str, run: str) -> Side:
@@ -302,18 +365,30 @@ def _of_row(ledger: Ledger, row: ImageRow) -> np.ndarray | None:
     if row.object is None:
         return None
     try:
-        return _pixels(ledger.store.get(row.object))
+        return _pixels(ledger.store.get(row.object), row.object)
     except ObjectMissingError:
         return None
 
 
 def _partners(a: Side, b: Side) -> list[tuple[str, str]]:
     """Keys of the pictures that belong together, in the order of `a`."""
+    if len(a.pictures) == 1 == len(b.pictures):
+        return [(next(iter(a.pictures)), next(iter(b.pictures)))]
     if a.plan is not None and b.plan is not None and a.plan.prompts.keyed == b.plan.prompts.keyed:
         return [(key, key) for key in a.pictures if key in b.pictures]
-    if a.plan is None and b.plan is None and (common := [key for key in a.pictures if key in b.pictures]):
-        return [(key, key) for key in common]
-    return list(zip(a.pictures, b.pictures, strict=False))
+    if a.plan is not None or b.plan is not None:
+        return []
+    stems = _stems(b.pictures, without=a.pictures)
+    found = {key: key for key in a.pictures if key in b.pictures}
+    found |= {key: stems[stem] for stem, key in _stems(a.pictures, without=b.pictures).items() if stem in stems}
+    return [(key, found[key]) for key in a.pictures if key in found]
+
+
+def _stems(keys: Iterable[str], *, without: Container[str]) -> dict[str, str]:
+    """File names by their stems, where only one of those that the other side lacks has it."""
+    rest = [(str(Path(key).with_suffix("")), key) for key in keys if key and key not in without]
+    counts = Counter(stem for stem, _ in rest)
+    return {stem: key for stem, key in rest if counts[stem] == 1}
 
 
 def _changes(a: Side, b: Side, pairs: Sequence[tuple[Shown, Shown]]) -> tuple[str, ...]:

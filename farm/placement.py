@@ -12,7 +12,9 @@ from typing import Literal
 from farm.errors import PlacementError
 
 CONTEXT_GIB = 1.0
-"""Left free of the budget: the CUDA context lies outside torch's allocator, and fragments cost something."""
+"""Left free of the budget: the CUDA context, and what libraries take, lie outside torch's allocator."""
+SLACK_GIB = 0.1
+"""Of what torch's allocator may reserve, left for fragments, which are few with expandable segments; an estimate."""
 ENCODE_GIB = 0.25
 """Room for one prompt's activations in a text encoder; an estimate."""
 BFLOAT16_CAPABILITY = (8, 0)
@@ -60,6 +62,11 @@ class DeviceLimits:
     def usable_gib(self) -> float:
         """What torch's allocator may reserve, GiB."""
         return min(self.vram_gib, self.total_gib or self.vram_gib) - CONTEXT_GIB
+
+    @property
+    def room_gib(self) -> float:
+        """What weights and working sets may take of that, GiB."""
+        return self.usable_gib - SLACK_GIB
 
     def host_holds(self, gib: float, *, share: float = HOST_SHARE) -> bool:
         """Whether the node's memory takes so much from each of its renderers."""
@@ -176,7 +183,7 @@ def place(model: str, needs: Needs, *, dtype: str, device: DeviceLimits) -> Plac
         )
     usable = device.usable_gib
     for placement in _layouts(needs, usable):
-        if placement.peak_gib <= usable:
+        if placement.peak_gib <= device.room_gib:
             return _with_host_copies(model, placement, needs, device)
     raise PlacementError(_refusal(model, needs, device))
 
@@ -232,7 +239,7 @@ def _layout(
     on_cpu: frozenset[str] = NONE,
 ) -> Placement:
     """`inner_gib`: what is on the device while an urgent image is drawn within a step, None where none can be."""
-    reserves = inner_gib is not None and inner_gib <= usable
+    reserves = inner_gib is not None and inner_gib <= usable - SLACK_GIB
     peak_gib = max(peak_gib, inner_gib) if inner_gib is not None and reserves else peak_gib
     reason = f"{what}, decode {n.decode_gib:.1f} GiB, batch {n.batch}, {peak_gib:.1f} of {usable:.1f} GiB"
     encode, denoise, decode = stages
@@ -262,36 +269,34 @@ def _host_refusal(model: str, gib: float, device: DeviceLimits) -> str:
 
 
 def _refusal(model: str, n: Needs, device: DeviceLimits) -> str:
-    usable = device.usable_gib
+    room = device.room_gib
     worst = n.largest_part_gib
     streams = "" if n.denoiser_streamed_gib is None else f", {n.denoiser_streamed_gib:.1f} block by block"
     return (
         f"model {model} does not fit {device.name}: its largest phase needs {worst:.1f} GiB (text encoder "
         f"{n.encoder_gib:.1f}, denoiser {n.denoiser_gib:.1f}{streams} + {n.step_gib:.1f} a step of batch {n.batch}, decoder "
-        f"{n.decoder_gib:.1f} + {n.decode_gib:.1f} a decode) and {usable:.1f} GiB may be used; {_nearest(n, usable)}"
+        f"{n.decoder_gib:.1f} + {n.decode_gib:.1f} a decode) and {room:.1f} GiB may be used; {_nearest(n, room)}"
     )
 
 
-def _nearest(n: Needs, usable: float) -> str:
+def _nearest(n: Needs, given: float) -> str:
     """What would fit, the least change first."""
     nearest: list[str] = []
     denoiser = min(n.denoiser_gib, n.denoiser_streamed_gib or n.denoiser_gib)
     each = n.step_gib / n.batch
     encoder = min(n.encoder_gib, n.encoder_streamed_gib or n.encoder_gib) + n.encode_gib
-    rest_fits = n.encoder_on_cpu or encoder <= usable
-    decode_fits = n.decoder_gib + n.decode_gib <= usable
-    if rest_fits and decode_fits and n.batch > 1 and each and denoiser + each <= usable:
-        nearest.append(f"a batch of {int((usable - denoiser) / each)}")
-    room = min(
-        (usable - denoiser) / n.step_gib if n.step_gib else 1.0, (usable - n.decoder_gib) / (n.decode_gib or 1.0)
-    )
+    rest_fits = n.encoder_on_cpu or encoder <= given
+    decode_fits = n.decoder_gib + n.decode_gib <= given
+    if rest_fits and decode_fits and n.batch > 1 and each and denoiser + each <= given:
+        nearest.append(f"a batch of {int((given - denoiser) / each)}")
+    room = min((given - denoiser) / n.step_gib if n.step_gib else 1.0, (given - n.decoder_gib) / (n.decode_gib or 1.0))
     if rest_fits and n.pixels and 0 < room < 1 and n.pixels * room >= SMALLEST_PX**2:
         side = int((n.pixels * room) ** 0.5) // SMALLEST_PX * SMALLEST_PX
         nearest.append(f"pictures of {side}x{side}")
-    if n.denoiser_q4_gib is not None and n.denoiser_q4_gib + n.step_gib <= usable < n.denoiser_gib + n.step_gib:
+    if n.denoiser_q4_gib is not None and n.denoiser_q4_gib + n.step_gib <= given < n.denoiser_gib + n.step_gib:
         nearest.append(f"a card with a GGUF denoiser (as Q4_K_M about {n.denoiser_q4_gib:.1f} GiB)")
     if not rest_fits:
         nearest.append("a card that quantises the text encoder")
-    needed = math.ceil((n.largest_part_gib + CONTEXT_GIB) * 2) / 2
+    needed = math.ceil((n.largest_part_gib + CONTEXT_GIB + SLACK_GIB) * 2) / 2
     nearest.append(f"a GPU of {needed:g} GiB with FARM_VRAM_GIB={needed:g}")
     return f"nearest that fits: {', or '.join(nearest)}"

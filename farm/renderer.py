@@ -94,7 +94,7 @@ class Renderer:
     place. While no dispatcher answers, what is in hand is rendered and stored to its end, and nothing more is begun.
 
     Urgent images come by `draw`, and cut into what is rendered (`farm.cutin`). `gpu`: the GPU whose memory and
-    utilisation it tells, by index or UUID; None on a CPU.
+    utilisation it tells, by index or UUID; None on a CPU. `renderers`: the farm's, where somebody set their number.
     """
 
     def __init__(
@@ -110,6 +110,7 @@ class Renderer:
         ledger: Ledger,
         link: Link,
         machine: DeviceInfo | None = None,
+        renderers: int | None = None,
         gpu: str | None = None,
         watchdog: Watchdog | None = None,
         end_process: Callable[[int], object] = os._exit,
@@ -137,7 +138,7 @@ class Renderer:
         self._urgent = UrgentQueue(changed)
         self._cores = Cores(cores, changed=changed, urgent=self._urgent.may_cut_in)
         self._device_meter = DeviceMeter(name, self._meters, idle_s=self._cores.idle_s, gpu=gpu)
-        beside = renderers_on(machine, cores) if machine else 1
+        beside = renderers_on(machine, cores, most=renderers) if machine else 1
         self._engines = Engines(device, vram_gib, meters=self._meters, host_gib=host_gib, renderers=beside)
         self._cutin = CutIn(
             renderer=name,

@@ -17,7 +17,7 @@ CHARACTER = re.compile(r"character_(\d{1,9})")
 
 _MARK = re.compile(r"<(/?)([^<>]*)(>?)")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]*")
-_ESCAPED_PARENTHESIS = re.compile(r"\\+([()])")
+_ESCAPED_PARENTHESIS = re.compile(r"(?<!\\)\\+([()])")
 _PARENTHESIS = re.compile(r"[()]")
 _ENTITIES = {"lt": "<", "gt": ">", "quot": '"', "apos": "'", "amp": "&"}
 _ENTITY = re.compile(r"&(lt|gt|quot|apos|amp);")

@@ -17,6 +17,8 @@ from farm.scene import CHARACTER_ELEMENTS, GENERAL, GENERAL_ELEMENTS, Character,
 from farm.yamlfile import Document, Loc, did_you_mean, parse_yaml, shown, validate
 
 MAX_INCLUDES = 16
+LISTED = 10
+"""Names that a message has of what is included."""
 
 Reader = Callable[[str, Loc], Document]
 """From a file as `include` names it, and where it does, to what is in it. Raises ManifestError."""
@@ -135,8 +137,12 @@ def with_texts(document: Document, read: Reader) -> Document:
     written = validate(document, _Prompts, ManifestError, other_names=_OTHER_NAMES, field_lists=lists)
     named = (written.include,) if isinstance(written.include, str) else written.include
     shelf = _Shelf()
-    for at, file in enumerate(named if isinstance(named, tuple) else ()):
-        shelf.add(read(file, ("include",) if isinstance(written.include, str) else ("include", at)))
+    files = named if isinstance(named, tuple) else ()
+    for at, file in enumerate(files):
+        loc: Loc = ("include",) if isinstance(written.include, str) else ("include", at)
+        if file in files[:at]:
+            raise ManifestError(f"{document.where(loc)}: include: {shown(file)} stands twice; take one of them out")
+        shelf.add(read(file, loc))
     texts = [
         prompt if isinstance(prompt, str) else _text(prompt, document, ("prompts", at), shelf)
         for at, prompt in enumerate(written.prompts)
@@ -153,6 +159,10 @@ class _Shelf:
         self.general_tags: dict[str, _Part] = {}
         self._places: dict[Loc, str] = {}
 
+    def of(self, kind: str) -> Mapping[str, _Part]:
+        """Return the characters, or the general tags."""
+        return self.general_tags if kind == GENERAL else self.characters
+
     def add(self, document: Document) -> None:
         """Take in a file. Raises ManifestError where it is malformed, or a name stands in another file already."""
         lists: dict[str, tuple[str, ...]] = {"": tuple(_File.model_fields)}
@@ -166,6 +176,8 @@ class _Shelf:
         ):
             for name, entry in entries.items():
                 place: Loc = (kind, name)
+                if self._places.get(place) == document.where(place):
+                    raise ManifestError(f"{document.path}: is included twice; take one of them out of include")
                 if place in self._places:
                     raise ManifestError(
                         f"{document.where(place)}: {kind}.{name} stands at {self._places[place]} too; rename one of them"
@@ -181,10 +193,10 @@ def _listed(document: Document) -> list[Any]:
 
 def _text(scene: _Scene, document: Document, loc: Loc, shelf: _Shelf) -> str:
     characters = tuple(
-        Character(**_values(one, document, (*loc, "characters", at), shelf.characters))
+        Character(**_values(one, document, (*loc, "characters", at), shelf, "characters"))
         for at, one in enumerate(scene.characters)
     )
-    general = GeneralTags(**_values(scene.general_tags, document, (*loc, GENERAL), shelf.general_tags))
+    general = GeneralTags(**_values(scene.general_tags, document, (*loc, GENERAL), shelf, GENERAL))
     for at, one in enumerate(characters):
         if not one.given():
             _refuse_silent(document, (*loc, "characters", at))
@@ -193,20 +205,33 @@ def _text(scene: _Scene, document: Document, loc: Loc, shelf: _Shelf) -> str:
     return Scene(characters, general).xml()
 
 
-def _values(part: BaseModel, document: Document, loc: Loc, shelf: Mapping[str, _Part]) -> dict[str, str]:
+def _values(part: BaseModel, document: Document, loc: Loc, shelf: _Shelf, kind: str) -> dict[str, str]:
     """Return the elements of a character or of general tags: the used one's, and over them those that stand here."""
     used = getattr(part, "use", None)
     values: dict[str, str] = {}
     if used is not None:
-        if used not in shelf:
-            near = did_you_mean(used, list(shelf)) or f"; the included files have: {', '.join(shelf) or 'none'}"
+        entry = shelf.of(kind).get(used)
+        if entry is None:
             where = (*loc, "use")
             raise ManifestError(
-                f"{document.where(where)}: {'.'.join(map(str, where))}: there is no {shown(used)} in what is included{near}"
+                f"{document.where(where)}: {'.'.join(map(str, where))}: {_not_there(used, shelf, kind)}"
             )
-        values = {name: tag_line(getattr(shelf[used], name)) for name in shelf[used].model_fields_set}
+        values = {name: tag_line(getattr(entry, name)) for name in entry.model_fields_set}
     here = {name: tag_line(getattr(part, name)) for name in part.model_fields_set if name != "use"}
     return values | here
+
+
+def _not_there(used: str, shelf: _Shelf, kind: str) -> str:
+    """Say that a name is not in what is included, or is there as the other kind."""
+    if kind != GENERAL and used in shelf.general_tags:
+        return f"{shown(used)} is no character but {GENERAL} in what is included; write it under {GENERAL}"
+    if kind == GENERAL and used in shelf.characters:
+        return f"{shown(used)} is a character in what is included, no {GENERAL}; write it under characters"
+    names = list(shelf.of(kind))
+    more = f" … and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    listed = ", ".join(shown(name) for name in names[:LISTED]) or "none"
+    near = did_you_mean(used, names) or f"; the included files have: {listed}{more}"
+    return f"there is no {shown(used)} in what is included{near}"
 
 
 def _refuse_silent(document: Document, loc: Loc) -> None:

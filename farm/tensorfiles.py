@@ -15,8 +15,19 @@ from farm.errors import ModelCardError
 
 MAX_HEADER_BYTES = 100_000_000
 """The longest JSON header that safetensors itself takes."""
+SAFETENSORS_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+"""Type -> bits a weight takes."""
 GGUF_ALIGNMENT = 32
 """Where a file does not say otherwise (`general.alignment`), data begins at a multiple of this."""
+MAX_SIDES = 64
+"""Of a tensor, in torch; GGML has at most four."""
 MAX_STRING_BYTES = 2**24
 """No key, name or value of a denoiser's GGUF header is longer; a broken length is not read as one."""
 
@@ -43,6 +54,7 @@ GGUF_NAMES = {
 GGUF_VALUES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a metadata value by its type; strings (8) and arrays (9) say their own length."""
 GGUF_STRING, GGUF_ARRAY, GGUF_UINT32 = 8, 9, 4
+AGAIN, OTHER = "fetch the weights again", "choose another file of this model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +82,28 @@ def read_heads(model: str, path: Path) -> tuple[TensorHead, ...]:
 def _reading(
     model: str, path: Path, kind: str, read: Callable[[BinaryIO, int], tuple[tuple[TensorHead, ...], int]]
 ) -> tuple[TensorHead, ...]:
-    broken = f"model {model}: {path} is cut off or not a {kind} file; fetch the weights again"
+    broken = f"model {model}: {path} is cut off or not a {kind} file; {AGAIN}"
     try:
+        if path.exists() and not path.is_file():
+            raise ModelCardError(f"model {model}: {path} is no regular file; name one")
         size = path.stat().st_size
         with path.open("rb") as file:
             heads, end = read(file, size)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, _UnknownTypeError) as exc:
-        if isinstance(exc, _UnknownTypeError):
-            raise ModelCardError(f"model {model}: {path} holds {exc}; choose another file of this model") from exc
+    except _HeaderError as exc:
+        raise ModelCardError(f"model {model}: {path} {exc}; {exc.advice}") from exc
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as exc:
         raise ModelCardError(broken) from exc
     if size < end:
         raise ModelCardError(broken)
     return heads
 
 
-class _UnknownTypeError(Exception):
-    """Raised for a tensor whose layout diffusers does not read."""
+class _HeaderError(Exception):
+    """Raised for a header that can be read and says what cannot be."""
+
+    def __init__(self, text: str, advice: str = AGAIN):
+        super().__init__(text)
+        self.advice = advice
 
 
 def _safetensors(file: BinaryIO, size: int) -> tuple[tuple[TensorHead, ...], int]:
@@ -95,13 +113,21 @@ def _safetensors(file: BinaryIO, size: int) -> tuple[tuple[TensorHead, ...], int
         raise ValueError("header longer than the file")
     tensors = json.loads(file.read(length))
     tensors.pop("__metadata__", None)
-    heads = tuple(
-        TensorHead(
-            name, tuple(tensor["shape"]), tensor["data_offsets"][1] - tensor["data_offsets"][0], str(tensor["dtype"])
-        )
-        for name, tensor in tensors.items()
-    )
-    return heads, 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    heads, places = [], []
+    for name, tensor in tensors.items():
+        dtype, shape, offsets = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+        if not _are_sizes(shape) or len(shape) > MAX_SIDES:
+            raise _HeaderError(f"gives {_shown(name)} the shape {_shown(shape)}, which is none")
+        if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise _HeaderError(f"gives {_shown(name)} the data_offsets {_shown(offsets)}, which are no place")
+        if not isinstance(dtype, str) or dtype not in SAFETENSORS_BITS:
+            raise _HeaderError(f"holds {_shown(name)} as {_shown(dtype)}, which is no type of safetensors", OTHER)
+        head = TensorHead(name, tuple(shape), offsets[1] - offsets[0], dtype)
+        if head.elements * SAFETENSORS_BITS[dtype] != head.nbytes * 8:
+            raise _HeaderError(f"has {head.nbytes:,} bytes for {_shown(name)}, {dtype} of shape {_shown(shape)}")
+        heads.append(head)
+        places.append((offsets[0], offsets[1], name))
+    return tuple(heads), 8 + length + _end(places)
 
 
 def _gguf(file: BinaryIO, size: int) -> tuple[tuple[TensorHead, ...], int]:
@@ -115,18 +141,42 @@ def _gguf(file: BinaryIO, size: int) -> tuple[tuple[TensorHead, ...], int]:
         value = _value(file, kind)
         if key == b"general.alignment" and kind == GGUF_UINT32:
             alignment = struct.unpack("<I", value)[0]
-    heads, end = [], 0
+    if not alignment:
+        raise _HeaderError("has a general.alignment of 0")
+    heads, places = [], []
     for _ in range(tensors):
         name = _string(file).decode("utf-8")
         sides = _number(file, "<I")
+        if sides > MAX_SIDES:
+            raise _HeaderError(f"gives {_shown(name)} {sides:,} sides, which no tensor has")
         shape = struct.unpack(f"<{sides}Q", file.read(8 * sides))[::-1]
         kind, offset = _number(file, "<I"), _number(file, "<Q")
         if kind not in GGUF_TYPES:
-            raise _UnknownTypeError(f"{name} as GGUF tensor type {kind}, which diffusers does not read")
+            raise _HeaderError(f"holds {name:.60} as GGUF tensor type {kind}, which diffusers does not read", OTHER)
         weights, nbytes = GGUF_TYPES[kind]
+        if not all(shape) or math.prod(shape) % weights:
+            raise _HeaderError(f"gives {_shown(name)} the shape {_shown(shape)}, which {GGUF_NAMES[kind]} cannot have")
         heads.append(TensorHead(name, shape, math.prod(shape) // weights * nbytes, GGUF_NAMES[kind]))
-        end = max(end, offset + heads[-1].nbytes)
-    return tuple(heads), -(-file.tell() // alignment) * alignment + end
+        places.append((offset, offset + heads[-1].nbytes, name))
+    return tuple(heads), -(-file.tell() // alignment) * alignment + _end(places)
+
+
+def _shown(value: object) -> str:
+    return f"{value!r:.60}"
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
+
+
+def _end(places: list[tuple[int, int, str]]) -> int:
+    """Return where the data of the last tensor ends; no two may lie in one place."""
+    end = 0
+    for first, last, name in sorted(places):
+        if first < end:
+            raise _HeaderError(f"lays {_shown(name)} over the data of another tensor")
+        end = max(end, last)
+    return end
 
 
 def _value(file: BinaryIO, kind: int) -> bytes:

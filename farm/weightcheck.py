@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from farm.errors import FarmError, ModelCardError
 from farm.modelcard import ModelCard
@@ -16,6 +17,24 @@ from farm.needs import folders_of
 from farm.settings import Settings
 from farm.tensorfiles import TensorHead, read_heads
 from farm.weights import are_here, locate_file, locate_source, sources_of
+from farm.yamlfile import shown
+
+_TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
+TOKENIZERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "z-image": {"tokenizer": ("tokenizer",)},
+    "qwen-image": {"tokenizer": ("tokenizer",)},
+    "newbie": {
+        "tokenizer": ("tokenizer", "text_encoder"),
+        "clip_tokenizer": ("clip_tokenizer", "tokenizer_2", "clip_model", "text_encoder_2"),
+    },
+}
+"""Family -> tokenizer -> folders of which the first that has one is taken."""
+SCHEDULED = ("z-image", "qwen-image")
+"""Families that read the settings of their scheduler from the model's folder."""
+WEIGHTY = ("transformer", "unet", "vae", "vqvae", "movq", "text_encoder", "image_encoder")
+"""How the parts of a pipeline begin that have weights."""
+MAX_SETTINGS_BYTES = 64 * 2**20
+AGAIN = "fetch the weights again"
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -52,15 +71,68 @@ def check_weights(card: ModelCard, settings: Settings) -> Iterator[PartReport]:
 
 def _model(card: ModelCard, settings: Settings) -> Iterator[PartReport]:
     folder = locate_source(card, card.source, settings=settings)
+    if faults := tuple(_layout_faults(card, folder)):
+        yield PartReport("model", 0, 0, (), faults)
     try:
         parts = folders_of(card, folder)
-    except FarmError as exc:
-        yield PartReport("model", 0, 0, (), (exc.message,))
+    except (FarmError, ValueError, RecursionError) as exc:
+        if not faults:
+            yield PartReport("model", 0, 0, (), (exc.message if isinstance(exc, FarmError) else str(exc),))
         return
     for part, names in parts.items():
         if getattr(card, part, None) is None:  # the card gives no other
             for name in names:
                 yield _folder(card, name, folder / name)
+
+
+def _layout_faults(card: ModelCard, folder: Path) -> Iterator[str]:
+    """Say what a family needs of a model's folder besides weights, and is not there."""
+    kinds = _TOKENIZER[:1] if card.family == "newbie" else _TOKENIZER
+    for names in TOKENIZERS.get(card.family, {}).values():
+        if not any(file.is_file() for name in names for kind in kinds for file in (folder / name).glob(kind)):
+            yield f"{folder / names[0]} has no tokenizer; {AGAIN}"
+    if card.family in SCHEDULED:
+        yield from _settings_faults(folder / "scheduler" / "scheduler_config.json")
+    if card.family != "diffusers":
+        return
+    index, fault = _settings(folder / "model_index.json")
+    if fault is not None:
+        yield fault
+        return
+    if not isinstance(index.get("_class_name"), str):
+        yield f"{folder / 'model_index.json'} names no pipeline as its _class_name; {AGAIN}"
+    for name, entry in index.items():
+        if not isinstance(entry, list) or not entry or entry[0] is None:
+            continue
+        replaced = (card.denoiser and name.startswith(WEIGHTY[:2])) or (card.decoder and name.startswith(WEIGHTY[2:5]))
+        if not name.isidentifier():
+            yield f"{folder / 'model_index.json'} names a part {shown(name)}, which no folder is called; {AGAIN}"
+        elif not any((folder / name).glob("*")):
+            yield f"{folder / name}, which model_index.json names, is not there or empty; {AGAIN}"
+        elif name.startswith(WEIGHTY) and not replaced and not any((folder / name).glob("*.safetensors")):
+            yield f"{folder / name} has no .safetensors file; {AGAIN}"
+
+
+def _settings_faults(file: Path) -> list[str]:
+    fault = _settings(file)[1]
+    return [] if fault is None else [fault]
+
+
+def _settings(file: Path) -> tuple[dict[str, Any], str | None]:
+    """Return what a JSON file of settings says, and what is wrong with it."""
+    if not file.exists():
+        return {}, f"{file} is not there; {AGAIN}"
+    if not file.is_file():
+        return {}, f"{file} is no regular file; name one"
+    try:
+        with file.open("rb") as opened:
+            loaded = json.loads(opened.read(MAX_SETTINGS_BYTES))
+    except (OSError, ValueError, RecursionError) as exc:
+        said = "nested too deep" if isinstance(exc, RecursionError) else exc
+        return {}, f"{file} cannot be read: {said}; {AGAIN}"
+    if not isinstance(loaded, dict):
+        return {}, f"{file} is not a JSON object; {AGAIN}"
+    return loaded, None
 
 
 def _folder(card: ModelCard, name: str, folder: Path) -> PartReport:
@@ -69,10 +141,13 @@ def _folder(card: ModelCard, name: str, folder: Path) -> PartReport:
     faults: list[str] = []
     named: dict[str, str] = {}
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        try:
-            named |= json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            faults.append(f"{index} is no index of weights ({exc}); fetch the weights again")
+        found, fault = _settings(index)
+        weight_map = found.get("weight_map")
+        if fault is None and isinstance(weight_map, dict) and all(isinstance(one, str) for one in weight_map.values()):
+            named |= weight_map
+        else:
+            said = f" ({fault.removeprefix(f'{index} ').removesuffix(f'; {AGAIN}')})" if fault else ""
+            faults.append(f"{index} is no index of weights{said}; {AGAIN}")
     if named:
         shards = sorted(set(named.values()))
         there = {file.name for file in files}
@@ -82,8 +157,7 @@ def _folder(card: ModelCard, name: str, folder: Path) -> PartReport:
         pickled = [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLES]
         only = f", only {pickled[0]}, and pickles are not read" if pickled else ""
         faults.append(f"{folder} has no .safetensors file{only}; fetch the weights again")
-    if not (folder / "config.json").is_file():
-        faults.append(f"{folder / 'config.json'} is not there; fetch the weights again")
+    faults += _settings_faults(folder / "config.json")
     reports = [_file(card, name, file) for file in files]
     for file, report in zip(files, reports, strict=True):
         faults += report.faults
@@ -110,6 +184,8 @@ def _strangers(card: ModelCard, file: Path, named: dict[str, str]) -> list[str]:
 
 def _file(card: ModelCard, name: str, file: Path) -> PartReport:
     try:
+        if file.exists() and not file.is_file():
+            return PartReport(name, 1, 0, (), (f"{file} is no regular file; name one",))
         with file.open("rb") as opened:
             head = opened.read(8)
         if head.startswith(_PICKLED) and not _is_length(head, file):
@@ -119,7 +195,8 @@ def _file(card: ModelCard, name: str, file: Path) -> PartReport:
         return PartReport(name, 0, 0, (), (f"{file} cannot be read: {exc.strerror or exc}; see to it",))
     except ModelCardError as exc:
         return PartReport(name, 1, 0, (), (exc.message.removeprefix(f"model {card.name}: "),))
-    return PartReport(name, 1, sum(head.nbytes for head in heads), _dtypes(heads), ())
+    faults = () if heads else (f"{file} has no tensors; {AGAIN}",)
+    return PartReport(name, 1, sum(head.nbytes for head in heads), _dtypes(heads), faults)
 
 
 def _is_length(head: bytes, file: Path) -> bool:

@@ -70,12 +70,16 @@ def source_folder(source: Source) -> Path:
         package, _, inside = source.path.removeprefix(PACKAGE).partition("/")
         try:
             spec = importlib.util.find_spec(package)
-        except ModuleNotFoundError:
+        except (ImportError, ValueError):
             spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ModelCardError(f"path {source.path}: there is no package {package}; install it, or mend the card")
         folder = Path(spec.submodule_search_locations[0]) / inside
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except (OSError, ValueError):  # a name that is too long, or has a NUL
+        there = False
+    if not there:
         raise ModelCardError(f"path {source.path}: {folder} is not a folder; put the weights there, or mend the card")
     return folder
 

@@ -50,9 +50,9 @@ class Document:
         return f"{self.path}:{self.lines[loc]}" if loc in self.lines else self.path
 
 
-def read_yaml(path: str | Path, error: type[InputError], *, what: str) -> Document:
-    """Read one YAML mapping. Raises `error`; `what` is the file's kind in its messages."""
-    return parse_yaml(_read_file(Path(path), error, what), str(path), error, what=what)
+def read_yaml(path: str | Path, error: type[InputError], *, what: str, pipes: bool = True) -> Document:
+    """Read one YAML mapping. Raises `error`; `what` is the file's kind in its messages. `pipes`: it may be one."""
+    return parse_yaml(_read_file(Path(path), error, what, pipes=pipes), str(path), error, what=what)
 
 
 def parse_yaml(data: bytes, shown: str, error: type[InputError], *, what: str) -> Document:
@@ -157,10 +157,12 @@ def did_you_mean(word: str, names: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _read_file(path: Path, error: type[InputError], what: str) -> bytes:
+def _read_file(path: Path, error: type[InputError], what: str, *, pipes: bool) -> bytes:
     try:
         if path.is_dir():
             raise error(f"{path}: this is a folder, not a {what}; name the file in it")
+        if not pipes and path.exists() and not path.is_file():
+            raise error(f"{path}: is no regular file; name one")
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
     except FileNotFoundError as exc:

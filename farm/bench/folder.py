@@ -1,6 +1,8 @@
 """The folder that a benchmark of a model leaves: pictures as they are drawn, then report, plots, sheet and record."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,18 +35,40 @@ class BenchFolder:
     """A folder of its own for one benchmark."""
 
     path: Path
+    _made: list[Path] = field(default_factory=list)
     _kept: dict[Part, list[_Kept]] = field(default_factory=dict)
     _pictures: list[tuple[str, Picture]] = field(default_factory=list)
 
     def claim(self) -> None:
         """Make the folder. Raises InputError where it holds something already, or cannot be made."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            for folder in reversed([one for one in (self.path, *self.path.parents) if not one.exists()]):
+                folder.mkdir(exist_ok=True)
+                self._made.append(folder)
             taken = next(self.path.iterdir(), None)
         except OSError as exc:
-            raise InputError(f"--out {self.path}: cannot be made: {exc.strerror}; name another folder") from exc
+            self.release()
+            raise InputError(
+                f"--out {str(self.path)[:100]}: cannot be made: {exc.strerror}; name another folder"
+            ) from exc
         if taken is not None:
             raise InputError(f"--out {self.path}: holds {taken.name} already; name an empty or a new folder")
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Claim the folder for a block; where that raises, nothing empty is left behind."""
+        self.claim()
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Take away again what `claim` made, as far as it holds nothing."""
+        with suppress(OSError):
+            while self._made:
+                self._made.pop().rmdir()
 
     def keep(self, part: Part, picture: Picture) -> None:
         """Keep a picture of the last round, or of the sweep over steps."""

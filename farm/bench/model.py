@@ -29,6 +29,7 @@ from farm.bench.figures import (
 )
 from farm.engine import Batch, Engine, Picture, RenderStep
 from farm.errors import OutOfMemoryError, RenderError
+from farm.manifest import MAX_SEED
 from farm.modelcard import RenderParams
 from farm.models.family import Embedding, Tokens
 from farm.plan import ImageSpec
@@ -39,6 +40,8 @@ SWEEP_SEEDS = 3
 """Pictures of each number of steps, at most."""
 POINT_BATCHES = 3
 """Batches of each size and batch; the first one warms up and is dropped."""
+
+_NO_MEMORY = "no memory left in this process"
 
 Clock = Callable[[], float]
 Keep = Callable[[Part, Picture], None]
@@ -110,7 +113,7 @@ def measure(
     """Load an engine and measure it. It should keep no embeddings (`EmbeddingCache(0)`), or encoding looks free.
 
     `start_s`: what had passed of this process before. A size or batch that needs more memory than there is stays without
-    figures. Raises what loading and rendering raise.
+    figures. Raises what loading and rendering raise, and OutOfMemoryError where this process has no memory left.
     """
     began = clock()
 
@@ -119,7 +122,12 @@ def measure(
 
     with MemoryWatch(lambda: engine.memory().reserved_bytes, now, interval_s=interval_s) as watch:
         before = watch.samples[0].held_bytes
-        return _Bench(engine, wish, now, watch, keep, say).run(start_s, before / GIB)
+        try:
+            return _Bench(engine, wish, now, watch, keep, say).run(start_s, before / GIB)
+        except (RenderError, MemoryError) as exc:
+            if isinstance(exc, OutOfMemoryError) or not _no_memory(exc):
+                raise
+            raise OutOfMemoryError(f"{_NO_MEMORY}; ask for fewer or smaller pictures") from exc
 
 
 class _Bench:
@@ -209,7 +217,7 @@ class _Bench:
     def _single(self, part: Part, index: int, params: RenderParams, *, number: int = 0, kept: bool = False) -> Drawn:
         """Draw one picture by itself: prompts take turns, seeds count up."""
         wish = self._wish
-        spec = _spec(index, wish.prompts[index % len(wish.prompts)], wish.seed + index, params)
+        spec = _spec(index, wish.prompts[index % len(wish.prompts)], wish.seed, params)
         (batch,) = self._engine.batches([spec])
         pictures: list[Picture] = []
         drawn = self._draw(part, batch, pictures, number=number)
@@ -222,12 +230,13 @@ class _Bench:
         """Draw a few batches of one prompt as a shard does, and take the median without the first."""
         wish, engine = self._wish, self._engine
         shape = Point(part, params.width, params.height, params.num_inference_steps, params.guidance_scale, batch=size)
-        specs = [_spec(index, wish.prompts[0], wish.seed + index, params) for index in range(POINT_BATCHES * size)]
-        singles = engine.batches(specs, most=1)
-        batches = [joined(singles[start : start + size]) for start in range(0, len(singles), size)]
         began = self._now()
         failed, drawn, encode_s = None, list[Drawn](), None
         try:
+            specs = [_spec(index, wish.prompts[0], wish.seed, params) for index in range(POINT_BATCHES * size)]
+            singles = engine.batches(specs, most=1)
+            batches = [joined(singles[start : start + size]) for start in range(0, len(singles), size)]
+            began = self._now()
             ahead, ahead_s = engine.encode_ahead(batches, on_step=_ignore, cancelled=_never)
             if ahead:
                 if part == "job":
@@ -235,8 +244,10 @@ class _Bench:
                 encode_s = ahead_s / len(ahead)
             for batch in batches:
                 drawn.append(self._draw(part, batch, [], ahead=ahead))
-        except OutOfMemoryError as exc:
-            failed = exc.message
+        except (RenderError, MemoryError) as exc:
+            if not _no_memory(exc):
+                raise
+            failed = exc.message if isinstance(exc, OutOfMemoryError) else _NO_MEMORY
         if failed is not None:
             engine.recover()  # outside the except block, whose traceback keeps tensors alive
             return replace(shape, failed=failed)
@@ -306,8 +317,14 @@ def joined(batches: Sequence[Batch]) -> Batch:
     )
 
 
-def _spec(index: int, prompt: str, seed: int, params: RenderParams) -> ImageSpec:
+def _spec(index: int, prompt: str, first_seed: int, params: RenderParams) -> ImageSpec:
+    seed = (first_seed + index) % (MAX_SEED + 1)
     return ImageSpec(index=index, row=index, key=None, prompt=prompt, seed=seed, params=params, carry={})
+
+
+def _no_memory(error: RenderError | MemoryError) -> bool:
+    """Whether the device's memory, or the process's, is at its end: an engine wraps the latter as whatever a pipeline raises."""
+    return isinstance(error, OutOfMemoryError | MemoryError) or isinstance(error.__cause__, MemoryError)
 
 
 def _ignore(step: RenderStep) -> None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from farm.cli.exits import Exit
+from farm.cli.exits import Exit, exit_code
 from farm.cli.moment import now_iso
 from farm.cli.options import Options, command
-from farm.cli.terminal import note, print_json, say
-from farm.cli.wording import duration
-from farm.errors import InputError
+from farm.cli.terminal import note, print_error, print_json, say
+from farm.cli.wording import cut, duration
+from farm.errors import InputError, StoreError
 
 if TYPE_CHECKING:
     from farm.bench.figures import Measured
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from farm.modelcard import ModelCard, RenderParams
 
 FOLDER = Path("farm-bench")
+MOST_IMAGES = 200
+"""Of a round: the pictures of the last one stay in memory until the report is written."""
+MOST_ROUNDS = 100
+MOST_BATCH = 256
+MOST_NUMBER = 999_999
+"""Of steps and of a side: far above what any card takes, which says its own limit."""
 _T = TypeVar("_T")
 
 
@@ -39,16 +45,21 @@ def bench(
         list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to draw, in turn; may be given again.")
     ] = None,
     preset: Annotated[str | None, typer.Option("--preset", metavar="NAME", help="A preset of the card.")] = None,
-    images: Annotated[int, typer.Option("--images", min=1, metavar="N", help="Pictures a round.")] = 5,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="N", help="The first one warms up.")] = 3,
+    images: Annotated[int, typer.Option("--images", metavar="N", help=f"Pictures a round, {MOST_IMAGES} at most.")] = 5,
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", help=f"The first one warms up; {MOST_ROUNDS} at most.")
+    ] = 3,
     steps: Annotated[
         str | None, typer.Option("--steps", metavar="N,N", help="Draw the same pictures with so many steps too.")
     ] = None,
     sizes: Annotated[str | None, typer.Option("--sizes", metavar="WxH,WxH", help="Measure these sizes too.")] = None,
     batch: Annotated[
-        str | None, typer.Option("--batch", metavar="N,N", help="Measure so many images drawn together too.")
+        str | None,
+        typer.Option(
+            "--batch", metavar="N,N", help=f"Measure so many images drawn together too, {MOST_BATCH} at most."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the first picture.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the first picture.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where the report goes; a new folder.")
     ] = None,
@@ -68,9 +79,17 @@ def bench(
     from farm.bench.subjects import prompts_for
     from farm.devices import local_device, numerics_for
     from farm.engine import EmbeddingCache, Engine
+    from farm.manifest import MAX_SEED
     from farm.modelcard import find_card
     from farm.weights import pinned
 
+    for flag, value, least, most in (
+        ("--images", images, 1, MOST_IMAGES),
+        ("--rounds", rounds, 1, MOST_ROUNDS),
+        ("--seed", seed, 0, MAX_SEED),
+    ):
+        if not least <= value <= most:
+            raise InputError(f"{flag} {_short(value)}: must be {least} to {most}")
     settings = options.settings()
     card = pinned(find_card(model, settings), settings=settings)
     params = _params(card, preset)
@@ -85,20 +104,22 @@ def bench(
         rounds=rounds,
         steps=_listed("--steps", steps, _positive),
         sizes=_listed("--sizes", sizes, _size),
-        batches=_listed("--batch", batch, _positive),
+        batches=_listed("--batch", batch, _together),
     )
     _check(card, wish)
     measured_at = now_iso()
     stamp = measured_at[:19].replace("-", "").replace(":", "").replace("T", "-")
     folder = BenchFolder(out if out is not None else FOLDER / f"{card.name}-{stamp}")
-    folder.claim()
-    ledger = options.open_ledger(settings) if profile else None
     on_gpu = device.kind == "cuda"
-    engine = Engine(card, numerics, "cuda:0" if on_gpu else "cpu", settings.vram_gib, cache=EmbeddingCache(0))
-    try:
-        measured = measure(engine, wish, start_s=_age_s(), keep=folder.keep, say=_quiet if options.json else note)
-    finally:
-        engine.unload()
+    with folder.claimed():
+        ledger = options.open_ledger(settings) if profile else None
+        if ledger is not None:
+            ledger.store.probe()
+        engine = Engine(card, numerics, "cuda:0" if on_gpu else "cpu", settings.vram_gib, cache=EmbeddingCache(0))
+        try:
+            measured = measure(engine, wish, start_s=_age_s(), keep=folder.keep, say=_quiet if options.json else note)
+        finally:
+            engine.unload()
     setup = Setup(
         card=card,
         numerics=numerics,
@@ -116,16 +137,25 @@ def bench(
         command=shlex.join(["farm", *sys.argv[1:]]),
     )
     folder.write(setup, measured)
+    refused = None
     if ledger is not None:
-        ledger.put_profile(profile_of(setup, measured))
+        try:
+            ledger.put_profile(profile_of(setup, measured))
+        except StoreError as exc:
+            refused = exc
+    stored = ledger is not None and refused is None
     if options.json:
-        print_json({**record_of(setup, measured), "out": str(folder.path), "profile_stored": ledger is not None})
+        print_json({**record_of(setup, measured), "out": str(folder.path), "profile_stored": stored})
     else:
         _show(setup, measured, device)
         say(f"  report      {folder.path / 'report.md'}, with sheet.png, plots, pictures/ and {RECORD}")
-        if ledger is not None:
+        if stored and ledger is not None:
             say(f"  profile     in {ledger.store.url}: farm plan estimates by it")
-    return Exit.OK
+    if refused is None:
+        return Exit.OK
+    print_error(refused.code, refused.message, as_json=False)  # stdout has the one JSON value already
+    note(f"note: farm plan does not learn of this: its profile is not stored; the report lies in {folder.path}")
+    return exit_code(refused)
 
 
 def _params(card: "ModelCard", preset: str | None) -> "RenderParams":
@@ -191,14 +221,21 @@ def _listed(flag: str, text: str | None, read: Callable[[str], _T]) -> tuple[_T,
         try:
             found[read(one.strip())] = None
         except ValueError as exc:
-            raise InputError(f"{flag} {text}: {one.strip()!r} is {exc}") from exc
+            raise InputError(f"{flag} {_short(text)}: {_short(one.strip())!r} is {exc}") from exc
     return tuple(found)
 
 
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
+def _positive(text: str, *, most: int = MOST_NUMBER) -> int:
+    digits = text.lstrip("0")
+    if not (digits and text.isascii() and text.isdigit()):
         raise ValueError("no whole number above 0; write as 4,8,20")
-    return int(text)
+    if len(digits) > len(str(most)) or int(digits) > most:
+        raise ValueError(f"more than {most:,}, the most allowed; lower it")
+    return int(digits)
+
+
+def _together(text: str) -> int:
+    return _positive(text, most=MOST_BATCH)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -207,6 +244,10 @@ def _size(text: str) -> tuple[int, int]:
         return _positive(width), _positive(height)
     except ValueError:
         raise ValueError("no size; write as 512x512,1024x1024") from None
+
+
+def _short(value: object) -> str:
+    return cut(str(value), 60)
 
 
 def _age_s() -> float:

@@ -37,7 +37,7 @@ def compare(
         Path | None, typer.Option("--out", metavar="DIR", help="Write pairs.png and compare.json there.")
     ] = None,
     images: Annotated[
-        int, typer.Option("--images", min=1, metavar="N", help="Look at so many pairs at most, spread evenly.")
+        int, typer.Option("--images", metavar="N", help="Look at so many pairs at most, spread evenly.")
     ] = 200,
 ) -> Exit:
     """Put two jobs, two folders or two pictures side by side.
@@ -47,6 +47,8 @@ def compare(
     """
     from farm.pairs import open_side, side_by_side
 
+    if images < 1:
+        raise InputError(f"--images {cut(str(images), 60)}: must be 1 or more")
     first, second = open_side(a, options.open_ledger), open_side(b, options.open_ledger)
     found, pairs = side_by_side(first, second, most=images)
     drawn: list[tuple[Pair, np.ndarray, np.ndarray]] = []

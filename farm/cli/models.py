@@ -67,15 +67,15 @@ def show(
         with farm:
             return remote.show_models(options, farm, name)
     from farm.doctor import weights_of
-    from farm.modelcard import find_card, list_cards
 
     settings = options.settings()
-    cards = [find_card(name, settings)] if name else list_cards(settings)
+    cards, bad = _cards(name, settings)
     if options.json:
         records: list[dict[str, Any]] = [
             {**card.model_dump(mode="json"), "weights": weights_of(card, settings)} for card in cards
         ]
-        print_json(records[0] if name else {"models": records})
+        faults = [{"name": stem, "fault": fault} for stem, fault in bad.items()]
+        print_json(records[0] if name else {"models": records} | ({"faults": faults} if faults else {}))
     elif name:
         _show(cards[0], weights_of(cards[0], settings))
     else:
@@ -93,7 +93,9 @@ def show(
             for card in cards
         ]
         print_table(columns, rows, right=("size", "steps"))
-    return Exit.OK
+        for fault in bad.values():
+            say(f"FAULT {printable(fault)}")
+    return Exit.INPUT if bad else Exit.OK
 
 
 def pull(options: Options, name: Annotated[str, typer.Argument(metavar="NAME", help="A model.")]) -> Exit:
@@ -125,13 +127,19 @@ def check(
     ] = None,
 ) -> Exit:
     """Look over the files of weights by their headers: cut off, missing, pickled; and what each part weighs."""
-    from farm.modelcard import find_card, list_cards
+    from farm.weightcheck import PartReport
     from farm.weights import are_here
 
     settings = options.settings()
-    cards = [find_card(name, settings)] if name else list_cards(settings)
+    cards, bad = _cards(name, settings)
     records: list[dict[str, Any]] = []
-    faults = 0
+    faults = len(bad)
+    for stem, fault in bad.items():
+        part = PartReport("card", 0, 0, (), (fault,))
+        records.append({"name": stem, "weights": "unknown", "parts": [dataclasses.asdict(part)]})
+        if not options.json:
+            say(printable(stem))
+            say(f"  FAULT {printable(fault)}")
     for card in cards:
         if not name and not are_here(card, settings=settings):
             records.append({"name": card.name, "weights": "not here", "parts": []})
@@ -148,6 +156,17 @@ def check(
     return Exit.DIFFERENT if faults else Exit.OK
 
 
+def _cards(name: str | None, settings: "Settings") -> "tuple[list[ModelCard], dict[str, str]]":
+    """Return one card, or all of them, and by name what is wrong with those that are."""
+    from farm.modelcard import ModelCard, find_card, look_through
+
+    if name:
+        return [find_card(name, settings)], {}
+    found = look_through(settings)
+    cards = [card for card in found.values() if isinstance(card, ModelCard)]
+    return cards, {stem: fault.message for stem, fault in found.items() if not isinstance(fault, ModelCard)}
+
+
 def _checked(card: "ModelCard", settings: "Settings", *, quiet: bool) -> "list[PartReport]":
     from farm.weightcheck import check_weights
 
@@ -158,7 +177,7 @@ def _checked(card: "ModelCard", settings: "Settings", *, quiet: bool) -> "list[P
         parts.append(part)
         if quiet:
             continue
-        kinds = ", ".join(f"{_weights(elements)} {dtype}" for dtype, elements in part.dtypes) or "nothing"
+        kinds = ", ".join(f"{_weights(elements)} {printable(dtype)}" for dtype, elements in part.dtypes) or "nothing"
         say(f"  {part.name:<16} {size(part.size_bytes):>8}  {count(part.files, 'file')}  {kinds}")
         for fault in part.faults:
             say(f"  FAULT {printable(fault)}")

@@ -14,6 +14,7 @@ from farm.cli.planning import read_request
 from farm.cli.render import Renderers
 from farm.cli.terminal import note, print_json, say
 from farm.cli.wording import count, cut, duration, gpu_hours, size
+from farm.errors import SettingsError
 
 if TYPE_CHECKING:
     from farm.devices import DeviceInfo
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from farm.settings import Settings
     from farm.submission import Draft, Request
 
+MOST_GIB = 10_000
 STATES = {
     "new": "a new job",
     "resume": "the job exists, planned from just this; farm render goes on with it",
@@ -46,7 +48,7 @@ def plan(
         ),
     ] = None,
     vram: Annotated[
-        float | None, typer.Option(metavar="GIB", min=1, help="GPU memory one renderer may use, over FARM_VRAM_GIB.")
+        float | None, typer.Option(metavar="GIB", help="GPU memory one renderer may use, over FARM_VRAM_GIB.")
     ] = None,
 ) -> Exit:
     """Show what a manifest would come to; nothing is written.
@@ -58,6 +60,8 @@ def plan(
     from farm.fitting import asked_device
     from farm.submission import draft
 
+    if vram is not None and not 1 <= vram < MOST_GIB:
+        raise SettingsError(f"--vram {vram:g}: must be 1 GiB or more, and less than {MOST_GIB:,}")
     settings = options.settings(renderers=renderers, vram_gib=vram)
     pool = asked_device(device or (), vram_gib=vram, here=local_device())
     request = read_request(manifest, settings, device=pool)

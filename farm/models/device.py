@@ -26,12 +26,16 @@ goes on. After all others every call fails until the process ends."""
 
 
 class Device:
-    """A torch device by name: cpu, cuda:N, or cuda, which is the one that torch uses by default."""
+    """A torch device by name: cpu, cuda:N, or cuda, which is the one that torch uses by default.
 
-    def __init__(self, name: str, *, vram_gib: float):
+    `renderers`: how many share the node's memory; one for each of its GPUs where nobody says.
+    """
+
+    def __init__(self, name: str, *, vram_gib: float, renderers: int | None = None):
         self.torch = torch.device(name)
         self.is_cuda = self.torch.type == "cuda"
         self._vram_gib = vram_gib
+        self._renderers = renderers
         if self.is_cuda and not torch.cuda.is_available():
             raise NumericsError(
                 f"device {name} was asked for and torch {torch.__version__} finds no CUDA; install a CUDA build of "
@@ -45,7 +49,7 @@ class Device:
         """Return what the device offers."""
         host_gib = host_memory().total_bytes / GIB
         if not self.is_cuda:
-            return DeviceLimits("cpu", "the CPU", self._vram_gib, host_gib=host_gib)
+            return DeviceLimits("cpu", "the CPU", self._vram_gib, host_gib=host_gib, renderers=self._renderers or 1)
         found = torch.cuda.get_device_properties(self.torch)
         return DeviceLimits(
             "cuda",
@@ -54,7 +58,7 @@ class Device:
             found.total_memory / GIB,
             torch.cuda.get_device_capability(self.torch),
             host_gib,
-            renderers=max(1, len(local_device().gpus)),
+            renderers=self._renderers or max(1, len(local_device().gpus)),
         )
 
     def hold_to_budget(self) -> None:
@@ -80,6 +84,13 @@ class Device:
         """Free what only a failed batch held, also what hangs in reference cycles."""
         gc.collect()
         self.empty_cache()
+
+    def let_go(self) -> None:
+        """Free what a model held that is unloaded: on the device, in reference cycles, and pinned in host memory."""
+        self.recover()
+        if self.is_cuda:
+            with self._lost_told("free pinned memory"):
+                torch.accelerator.memory.empty_host_cache()
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:

@@ -39,30 +39,40 @@ class Modules:
 class DiffusionFamily:
     """The base of a family: what does not depend on the model. A family writes the methods from `_load_modules` on."""
 
-    def __init__(self, card: ModelCard, numerics: Numerics, *, device: str, vram_gib: float):
+    def __init__(
+        self, card: ModelCard, numerics: Numerics, *, device: str, vram_gib: float, renderers: int | None = None
+    ):
         self._card = card
         self._numerics = numerics
         self._dtype: torch.dtype = getattr(torch, numerics.dtype)
-        self._device = Device(device, vram_gib=vram_gib)
+        self._device = Device(device, vram_gib=vram_gib, renderers=renderers)
         self._parts: dict[str, Part | Streamed] = {}
-        self._bare: frozenset[str] = frozenset()
         self._loaded = False
         self.placement: Placement | None = None
         self.encodes_ahead = False
+        self._bare = frozenset({*vars(self), "_bare"})
 
     def load(self) -> None:
-        """Place and load; after `park` only copy. Raises ModelCardError for missing or broken weights, PlacementError for what
-        cannot fit."""
+        """Place and load; after `park` only copy. What fails half way leaves nothing behind.
+
+        Raises ModelCardError for missing or broken weights, PlacementError for what cannot fit.
+        """
         if self._loaded:
             self._settle()
             return
+        try:
+            self._load()
+        except BaseException:
+            self.unload()
+            raise
+
+    def _load(self) -> None:
         card, numerics = self._card, self._numerics
         folder, files = locate(card), files_of(card)
         limits = self._device.limits()
         needs = needs_of(card, folder, dtype=numerics.dtype, batch=numerics.batch, files=files, device=limits.kind)
         placement = self.placement = place(card.name, needs, dtype=numerics.dtype, device=limits)
         self._device.hold_to_budget()
-        self._bare = frozenset(vars(self))
         with self._device.errors(f"load model {card.name}"):
             self._loader = Loader(card, folder, files, self._dtype, self._device.torch)
             modules = self._modules = self._load_modules(folder)
@@ -116,9 +126,10 @@ class DiffusionFamily:
         """Let go of all weights and device memory, and of all else that came with loading."""
         self._parts = {}
         self._loaded = False
-        for name in vars(self).keys() - self._bare if self._bare else ():
+        self.placement, self.encodes_ahead = None, False
+        for name in vars(self).keys() - self._bare:
             delattr(self, name)
-        self._device.empty_cache()
+        self._device.let_go()
 
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it."""
@@ -126,7 +137,8 @@ class DiffusionFamily:
 
     def recover(self) -> None:
         """Free what a failed batch left on the device."""
-        self._forget()
+        if self._loaded:
+            self._forget()
         self._device.recover()
 
     @contextmanager

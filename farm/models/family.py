@@ -112,8 +112,13 @@ class Family(Protocol):
         """Free what a failed batch left on the device; called once its exception is let go of, weights stay."""
 
 
-def open_family(card: ModelCard, numerics: Numerics, *, device: str, vram_gib: float) -> Family:
-    """Return the family of a card, nothing loaded yet. `device` is torch's name of it: cpu, cuda or cuda:N."""
+def open_family(
+    card: ModelCard, numerics: Numerics, *, device: str, vram_gib: float, renderers: int | None = None
+) -> Family:
+    """Return the family of a card, nothing loaded yet. `device` is torch's name of it: cpu, cuda or cuda:N.
+
+    `renderers`: how many share the node's memory; one for each of its GPUs where nobody says.
+    """
     if card.family == "sleep":
         from farm.models.sleep import SleepFamily
 
@@ -121,15 +126,15 @@ def open_family(card: ModelCard, numerics: Numerics, *, device: str, vram_gib: f
     if card.family == "qwen-image":
         from farm.models.qwen import QwenFamily
 
-        return QwenFamily(card, numerics, device=device, vram_gib=vram_gib)
+        return QwenFamily(card, numerics, device=device, vram_gib=vram_gib, renderers=renderers)
     if card.family == "newbie":
         from farm.models.newbie import NewBieFamily
 
-        return NewBieFamily(card, numerics, device=device, vram_gib=vram_gib)
+        return NewBieFamily(card, numerics, device=device, vram_gib=vram_gib, renderers=renderers)
     if card.family == "diffusers":
         from farm.models.pipeline import PipelineFamily
 
-        return PipelineFamily(card, numerics, device=device, vram_gib=vram_gib)
+        return PipelineFamily(card, numerics, device=device, vram_gib=vram_gib, renderers=renderers)
     from farm.models.zimage import ZImageFamily
 
-    return ZImageFamily(card, numerics, device=device, vram_gib=vram_gib)
+    return ZImageFamily(card, numerics, device=device, vram_gib=vram_gib, renderers=renderers)

@@ -41,19 +41,23 @@ class ZImageFamily(DiffusionFamily):
         return Modules(encoder, transformer, vae)
 
     def _open(self) -> None:
-        self._steps = StepTransformer(self._modules.denoiser)
+        streams = self.placement is not None and "denoiser" in self.placement.streamed
+        # Blocks come with the stock forward, each step through all of them in order.
+        self._steps = None if streams else StepTransformer(self._modules.denoiser)
         # This pipeline denoises only: its device and dtype are those of the transformer, the one module that it holds.
         pipeline = ZImagePipeline(
             scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=self._modules.denoiser
         )
         pipeline.scheduler = self._new_scheduler()
-        pipeline.transformer = self._steps
+        if self._steps is not None:
+            pipeline.transformer = self._steps
         pipeline.vae_scale_factor = 2 ** (len(self._modules.decoder.config.block_out_channels) - 1)
         pipeline.set_progress_bar_config(disable=True)
         self._pipeline = pipeline
 
-    def _forget(self) -> None:
-        self._steps.forget()
+    def _forget(self, *, guided: bool = False) -> None:
+        if self._steps is not None:
+            self._steps.forget(guided=guided)
 
     def tokenize(self, prompt: str) -> Tokens:
         """Cut a prompt, in the model's chat template, into at most `max_sequence_length` tokens."""
@@ -103,7 +107,7 @@ class ZImageFamily(DiffusionFamily):
 
         doing = f"denoise {len(specs)} images of {params.width}x{params.height}"
         with self._phase("denoise", doing):
-            self._steps.forget(guided=bool(negative))
+            self._forget(guided=bool(negative))
             try:
                 latents: torch.Tensor = self._pipeline(
                     prompt_embeds=self._collate(positive),
@@ -118,7 +122,7 @@ class ZImageFamily(DiffusionFamily):
                     return_dict=False,
                 )[0]
             finally:
-                self._steps.forget()
+                self._forget()
         return latents
 
     def _collate(self, embeddings: Sequence[Embedding]) -> list[torch.Tensor]:

@@ -187,6 +187,42 @@ def test_a_batch_without_room_stays_without_figures_and_the_others_follow() -> N
     assert family.recovered == 1
 
 
+def test_a_process_without_memory_counts_as_no_room() -> None:
+    def full(specs: Sequence[ImageSpec]) -> None:
+        if len(specs) > 3:
+            raise MemoryError
+
+    found = measured(FakeFamily(full), batches=(4, 3))
+    assert [point.failed for point in found.points] == ["no memory left in this process", None]
+
+
+def test_a_batch_whose_specs_have_no_room_stays_without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Engine.batches
+
+    def batches(self: Engine, specs: Sequence[ImageSpec], *, most: int | None = None) -> list[Any]:
+        if len(specs) > 9:
+            raise MemoryError
+        return whole(self, specs, most=most)
+
+    monkeypatch.setattr(Engine, "batches", batches)
+    found = measured(batches=(4, 3))
+    assert [point.failed for point in found.points] == ["no memory left in this process", None]
+
+
+def test_a_process_without_memory_for_one_picture_ends_the_benchmark_as_out_of_memory() -> None:
+    def full(specs: Sequence[ImageSpec]) -> None:
+        raise MemoryError
+
+    with pytest.raises(OutOfMemoryError, match="no memory left in this process; ask for fewer or smaller pictures"):
+        measured(FakeFamily(full))
+
+
+def test_seeds_go_on_from_0_after_the_last_one() -> None:
+    seen: list[int] = []
+    measured(FakeFamily(lambda specs: seen.append(specs[0].seed)), seed=2**32 - 1, rounds=1)
+    assert seen[1:3] == [2**32 - 1, 0]
+
+
 def test_a_job_without_room_ends_the_benchmark() -> None:
     def full(specs: Sequence[ImageSpec]) -> None:
         if len(specs) > 1:
@@ -308,6 +344,22 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(InputError, match=r"holds thesis\.tex already; name an empty or a new folder"):
         BenchFolder(tmp_path).claim()
+
+
+def test_a_claimed_folder_is_gone_again_where_nothing_came_of_it(tmp_path: Path) -> None:
+    folder = BenchFolder(tmp_path / "runs" / "out")
+    with folder.claimed():
+        assert folder.path.is_dir()
+    folder.release()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RenderError, match="no"), folder.claimed():
+        raise RenderError("no")
+    assert not list(tmp_path.iterdir())
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    with pytest.raises(RenderError, match="no"), BenchFolder(mine).claimed():
+        raise RenderError("no")
+    assert mine.is_dir()
 
 
 def test_default_prompts_follow_the_family() -> None:

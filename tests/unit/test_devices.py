@@ -87,3 +87,4 @@ def test_a_containers_limit_is_the_memory_that_there_is(tmp_path):
 def test_renderers_of_a_machine_are_its_gpus_or_share_its_cores():
     assert renderers_on(on(T4, A4000), 1) == 2
     assert [renderers_on(on(), cores) for cores in (1, 2, 8, 16)] == [8, 4, 1, 1]
+    assert [renderers_on(on(T4, A4000), 1, most=most) for most in (1, 2, 9)] == [1, 2, 2]

@@ -60,6 +60,18 @@ def other(name: str = "other") -> ModelCard:
 GPU = numerics(device="cuda")
 
 
+def test_a_family_learns_how_many_renderers_share_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    def open_fake(*_: Any, **given: Any) -> Weighty:
+        told.append(given["renderers"])
+        return Weighty()
+
+    monkeypatch.setattr("farm.engine.open_family", open_fake)
+    engines(renderers=3).take(card(), numerics())
+    assert told == [3]
+
+
 def test_an_engine_that_was_given_back_is_taken_again(families: list[Weighty]) -> None:
     some = engines()
     first = some.take(card(), numerics())

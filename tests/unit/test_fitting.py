@@ -63,6 +63,7 @@ def test_each_kind_of_device_of_a_pool_is_told_and_which_cannot_draw_it(model: M
 
 def test_cards_that_let_urgent_images_in_sooner_are_named(model: ModelCard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "CONTEXT_GIB", 0.0)
+    monkeypatch.setattr(placement, "SLACK_GIB", 0.0)
     weights = 2.5 * 2**20 / GIB
     usable = weights + 1.5205  # the encoder of 1.5 MiB is not wholly in the way of a decode of 1.52 GiB
     (fit,) = found(model, pool(usable - 0.0015), vram_gib=16.0)
@@ -81,6 +82,21 @@ def test_the_nodes_memory_counts_where_it_is_known(model: ModelCard) -> None:
     cpu = model.model_copy(update={"dtypes": {"cpu": ("bfloat16",)}})
     (fit,) = found(cpu, HERE, host=HostMemory(2**20, 2**20))
     assert "in main memory for each renderer" in (fit.refusal or "")
+
+
+def test_the_nodes_memory_is_shared_by_as_many_renderers_as_are_started(model: ModelCard) -> None:
+    cpu = model.model_copy(update={"dtypes": {"cpu": ("bfloat16",)}})
+    memory = HostMemory(8 * 2**20, 8 * 2**20)  # 6.8 MiB for weights, 2.5 MiB each
+    (four,) = found(cpu, HERE, host=memory)
+    assert (four.refusal or "").endswith("start 2 with FARM_RENDERERS=2")
+    (two,) = found(cpu, HERE, host=memory, renderers=2)
+    assert two.placement is not None
+    roomy, small = HostMemory(11 * 2**20, 11 * 2**20), pool(16, 16, 16, 16)
+    (all_gpus,) = found(model, small, host=roomy, vram_gib=16.0)
+    (fewer,) = found(model, small, host=roomy, renderers=3)
+    (no_more,) = found(model, small, host=roomy, renderers=9)
+    kept = [fit.placement.host_gib > 0 for fit in (all_gpus, fewer, no_more) if fit.placement]
+    assert kept == [False, True, False]
 
 
 def test_weights_that_are_not_here_are_not_fetched(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farm.lint import MOST, Advice, is_structured, lint_prompt, prompt_codes
+from farm.lint import LOOKED_AT, MOST, Advice, is_structured, lint_prompt, prompt_codes
 from farm.scene import Character, GeneralTags, Scene
 
 GOOD = Scene(
@@ -261,3 +261,20 @@ def test_a_huge_prompt_takes_little_time_and_says_little(text: str) -> None:
     found = lint_prompt(text, family="newbie", max_tokens=512)
     assert time.process_time() - began < 1.0
     assert 0 < len(found) <= MOST
+
+
+@pytest.mark.parametrize("kept", range(1, 9))
+def test_a_tag_where_the_looking_ends_is_no_fault(kept: int) -> None:
+    before = "<general_tags><caption>" + "a" * 60_000
+    text = before[: LOOKED_AT - kept] + "</caption></general_tags>"
+    assert advice(text) == []
+
+
+def test_a_stray_bracket_before_the_looking_ends_is_still_said() -> None:
+    text = "<general_tags>\n2 < 3<caption>" + "a" * 60_000
+    assert ("stray_bracket", "line 2") in advice(text)
+
+
+def test_a_word_where_the_looking_ends_is_no_brand() -> None:
+    assert advice("a" * (LOOKED_AT - 6) + " Canonical", "z-image") == []
+    assert advice("a" * (LOOKED_AT - 6) + " Canon, red", "z-image") == [("brand", "")]

@@ -1,6 +1,7 @@
 """Cards: found, read, resolved, and what they allow."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from farm.modelcard import (
     ModelCard,
     ParamOverrides,
     SizeLimits,
+    Source,
     find_card,
     list_cards,
     load_card,
+    look_through,
     merged,
     nearest_size,
     negative_of,
@@ -164,8 +167,48 @@ def test_dot_files_and_dot_folders_are_no_part_of_the_revision(tmp_path: Path) -
         (
             "{path: weights}",
             "{path: a, hub: b}",
-            ":4: source: needs one of path, hub and s3; name where the weights are",
+            ":4: source: names path and hub, and weights are in one place; keep one of them",
         ),
+        ("{path: weights}", "{hub: ''}", ":4: source.hub: "),
+        ("{path: weights}", "{path: ''}", ":4: source.path: "),
+        ("{path: weights}", "{s3: ''}", ":4: source.s3: "),
+        ("{path: weights}", '{path: "a\\0b"}', r":4: source.path: 'a\x00b' has a NUL, which no name has; take it out"),
+        (
+            "{path: weights}",
+            "{path: ~nobody-at-all/w}",
+            ":4: source.path: '~nobody-at-all/w' names no folder (has no home or goes in a circle); write the path out",
+        ),
+        (
+            "{path: weights}",
+            "{path: package:farm/../../etc}",
+            ":4: source.path: must lie inside of its package, got 'package:farm/../../etc'; mend it",
+        ),
+        ("{path: weights}", "{path: package:../etc}", ":4: source.path: must be package:NAME/FOLDER, got 'package:../"),
+        (
+            "{path: weights}",
+            "{path: package:farm//etc}",
+            ":4: source.path: must lie inside of its package, got 'package:farm//etc'; mend it",
+        ),
+        (
+            "presets:",
+            "limits: {multiple_of: 4096}\npresets:",
+            ":9: limits.multiple_of: 4096 is more than max_px, 2048; lower it",
+        ),
+        (
+            "presets:",
+            "limits: {min_px: 128, max_px: 64}\npresets:",
+            ":9: limits.min_px: 128 is more than max_px, 64; lower it",
+        ),
+        (
+            "presets:",
+            "limits: {multiple_of: 64, min_px: 65, max_px: 127}\npresets:",
+            ":9: limits.multiple_of: no multiple of 64 lies between min_px 65 and max_px 127; change one",
+        ),
+        ("presets:", "limits: {sizes: [[64, 64], [0, 0]]}\npresets:", ":9: limits.sizes.1.0: must be above 0, got 0"),
+        ("presets:", "seconds_per_image: {cpu: -1}\npresets:", ":9: seconds_per_image.cpu: must be "),
+        ("presets:", "negative_prompts: {'': x}\npresets:", ":9: negative_prompts.: '' cannot be asked for as @NAME;"),
+        ("presets:", "negative_prompts: {a b: x}\npresets:", ":9: negative_prompts.a b: 'a b' cannot be asked for as"),
+        ("presets:", "negative_prompts: {'@x': x}\npresets:", ":9: negative_prompts.@x: '@x' cannot be asked for as"),
         (
             "{cpu: [float32]}",
             "{cpu: [fp16]}",
@@ -197,6 +240,21 @@ def test_bad_card_is_refused_with_its_line(tmp_path: Path, old: str, new: str, m
     with pytest.raises(ModelCardError) as caught:
         load_card(file)
     assert caught.value.message.removeprefix(str(file)).startswith(message)
+
+
+def test_a_pipe_among_the_cards_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "mine.yaml")
+    with pytest.raises(ModelCardError, match=r"mine\.yaml: is no regular file; name one$"):
+        load_card(tmp_path / "mine.yaml")
+
+
+def test_a_bad_card_among_others_stands_in_its_own_place(tmp_path: Path) -> None:
+    write(tmp_path, TEXT)
+    write(tmp_path, "name: [", "bad")
+    found = look_through(Settings(models=tmp_path))
+    assert isinstance(found["mine"], ModelCard)
+    assert isinstance(found["sketch"], ModelCard)
+    assert isinstance(found["bad"], ModelCardError)
 
 
 PARTS = """\
@@ -339,3 +397,9 @@ def test_nearest_size_is_always_allowed(width: int, height: int, multiple: int, 
         update={"limits": limits}
     )
     assert size_fault(card, *nearest_size(limits, width, height)) is None
+
+
+@pytest.mark.parametrize("path", ["/" + "a" * 5000, "/a\0b", "package:no.such.package/x", "package:__main__/x"])
+def test_a_path_that_can_be_no_folder_is_refused(path: str) -> None:
+    with pytest.raises(ModelCardError, match=r"put the weights there, or mend the card|install it, or mend the card"):
+        source_folder(Source(path=path))

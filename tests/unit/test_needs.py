@@ -1,6 +1,7 @@
 """What a model needs, by its files' headers."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def test_without_parameters_a_decode_and_urgent_images_count_at_the_cards_limits
     assert (needs.inner_step_gib, needs.inner_decode_gib) == (2 * 0.53, 2 * 1.52)
 
 
+def test_without_parameters_a_step_of_several_pictures_counts_at_the_limits_and_with_guidance(folder: Path) -> None:
+    small = RenderParams(width=512, height=512, num_inference_steps=8, guidance_scale=0)
+    some = big(defaults=small, limits=SizeLimits(max_pixels=2**21))
+    needs = needs_of(some, folder, dtype="bfloat16", batch=3)
+    assert (needs.step_gib, needs.inner_step_gib, needs.pixels) == (3 * 2 * 2 * 0.53, 2 * 2 * 0.53, 2**21)
+    told = needs_of(some, folder, dtype="bfloat16", batch=3, params=small)
+    assert told.step_gib == pytest.approx(3 * 0.53 / 4)
+
+
 def test_quantising_shrinks_matrices_and_leaves_embeddings_and_norms(folder: Path) -> None:
     nf4 = needs_of(big(quantise={"encoder": "nf4"}), folder, dtype="bfloat16", batch=1)
     assert in_bytes(nf4.encoder_gib) == (64 * 32 + 32) * 2 + 3 * 64 * 64 * 4.5 / 8
@@ -82,6 +92,21 @@ def test_quantising_shrinks_matrices_and_leaves_embeddings_and_norms(folder: Pat
     assert (nf4.encoder_streamed_gib, int8.denoiser_streamed_gib, int8.denoiser_q4_gib) == (None, None, None)
     on_cpu = needs_of(big(quantise={"encoder": "nf4"}), folder, dtype="bfloat16", batch=1, device="cpu")
     assert in_bytes(on_cpu.encoder_gib) == (64 * 32 + 3 * 64 * 64 + 32) * 2
+
+
+def test_of_newbies_encoders_gemma_alone_is_quantised_and_jinas_adapters_are_merged(folder: Path) -> None:
+    jina = {
+        "embeddings.word_embeddings.parametrizations.weight.original": (16, 8),
+        "embeddings.word_embeddings.parametrizations.weight.0.lora_A": (5, 16, 4),
+        "layers.0.fc.weight": (32, 64),
+    }
+    for name in ("clip_model", "text_encoder_2"):
+        write_safetensors(folder / name / "model.safetensors", jina)
+        (folder / name / "config.json").write_text("{}")
+        needs = needs_of(big("newbie", quantise={"encoder": "nf4"}), folder, dtype="bfloat16", batch=1)
+        gemma = (64 * 32 + 32) * 2 + 3 * 64 * 64 * 4.5 / 8
+        assert in_bytes(needs.encoder_gib) == gemma + (16 * 8 + 32 * 64) * 2
+        shutil.rmtree(folder / name)
 
 
 def test_streaming_has_two_blocks_on_the_device_and_what_lies_outside_of_blocks(folder: Path) -> None:

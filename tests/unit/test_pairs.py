@@ -1,4 +1,6 @@
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,17 @@ def save(path: Path, pixels: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
     return path
+
+
+def sixteen_bits(value: int, channels: int) -> bytes:
+    """A PNG of 8 x 8 pixels of 16 bits a channel, grey or RGB, which Pillow does not write in colour."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = b"\0" + struct.pack(">H", value) * 8 * (channels or 1)
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2 if channels else 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 8)) + chunk(b"IEND", b"")
 
 
 def no_ledger() -> Ledger:
@@ -76,11 +89,96 @@ def test_folders_pair_by_name_and_count_what_stays_alone(tmp_path: Path) -> None
     assert (found.only_a, found.only_b) == (1, 2)
 
 
-def test_folders_without_a_common_name_pair_by_order(tmp_path: Path) -> None:
+def test_one_picture_pairs_with_one_whatever_their_names(tmp_path: Path) -> None:
     save(tmp_path / "a" / "001.png", flat(10))
     save(tmp_path / "b" / "x.png", flat(30))
     found = compared(open_side(str(tmp_path / "a"), no_ledger), open_side(str(tmp_path / "b"), no_ledger))
     assert [pair.difference and pair.difference.most for pair in found.pairs] == [20]
+
+
+def test_folders_without_a_common_name_are_not_paired_by_order(tmp_path: Path) -> None:
+    for name in ("a/001", "a/002", "b/x", "b/y"):
+        save(tmp_path / f"{name}.png", flat(10))
+    with pytest.raises(
+        InputError, match="have no picture in common: 2 and 2 pictures, of other keys, indexes or names"
+    ):
+        compared(open_side(str(tmp_path / "a"), no_ledger), open_side(str(tmp_path / "b"), no_ledger))
+
+
+def test_a_job_and_a_folder_are_not_paired_by_order(tmp_path: Path) -> None:
+    ledger = make_ledger(tmp_path)
+    finish(ledger, make_plan(job="a"))
+    for name in ("x", "y"):
+        save(tmp_path / "b" / f"{name}.png", flat(10))
+    with pytest.raises(InputError, match="have no picture in common: 10 and 2 pictures"):
+        compared(open_side("a", lambda: ledger), open_side(str(tmp_path / "b"), no_ledger))
+
+
+def test_stems_that_collide_pair_by_the_whole_name(tmp_path: Path) -> None:
+    for name in ("a/one.png", "a/one.webp", "a/two.png", "b/one.png", "b/two.webp", "b/three.png"):
+        save(tmp_path / name, flat(10))
+    a, b = open_side(str(tmp_path / "a"), no_ledger), open_side(str(tmp_path / "b"), no_ledger)
+    assert len(a.pictures) == 3
+    found = compared(a, b)
+    assert [pair.label for pair in found.pairs] == ["one.png", "two"]
+    assert (found.only_a, found.only_b) == (1, 1)
+    both = compared(a, a)
+    assert [pair.label for pair in both.pairs] == ["one.png", "one.webp", "two"]
+
+
+@pytest.mark.parametrize("channels", [0, 3])
+def test_sixteen_bits_are_a_note_on_their_pair_and_the_others_are_compared(tmp_path: Path, channels: int) -> None:
+    for side, low in (("a", 0), ("b", 255)):
+        save(tmp_path / side / "8.png", flat(10))
+        (tmp_path / side / "16.png").write_bytes(sixteen_bits(0x1200 + low, channels))
+    found = compared(open_side(str(tmp_path / "a"), no_ledger), open_side(str(tmp_path / "b"), no_ledger))
+    deep, plain = found.pairs
+    assert deep.difference is None
+    assert f"{tmp_path / 'a' / '16.png'}: has 16 bits a channel; only grey and RGB of 8 bits a channel" in deep.note
+    assert plain.difference == difference(flat(1), flat(1))
+
+
+def test_pictures_that_differ_in_alpha_alone_are_not_equal(tmp_path: Path) -> None:
+    half = np.dstack((flat(10), np.full((64, 64), 55, dtype=np.uint8)))
+    opaque = np.dstack((flat(10), np.full((64, 64), 255, dtype=np.uint8)))
+    names = [
+        str(save(tmp_path / f"{name}.png", pixels)) for name, pixels in (("a", half), ("b", flat(10)), ("c", opaque))
+    ]
+    sides = [open_side(name, no_ledger) for name in names]
+    (pair,) = compared(sides[0], sides[1]).pairs
+    assert pair.difference is not None
+    assert (pair.difference.most, pair.difference.mean_absolute, pair.difference.differing) == (200, 50.0, 1.0)
+    assert compared(sides[1], sides[2]).record()["identical"] == 1
+    assert amplified(half, opaque, times=1)[0, 0].tolist() == [200, 200, 200]
+
+
+def test_an_unreadable_picture_of_a_folder_is_a_note_and_one_that_is_named_an_error(tmp_path: Path) -> None:
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+        save(tmp_path / name, flat(10))
+    broken = tmp_path / "b" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:70])
+    found = compared(open_side(str(tmp_path / "a"), no_ledger), open_side(str(tmp_path / "b"), no_ledger))
+    assert found.pairs[0].note.startswith(f"{broken}: cannot be read as a picture: ")
+    assert [pair.difference is None for pair in found.pairs] == [True, False]
+    with pytest.raises(PictureError, match=r"1\.png: cannot be read as a picture: "):
+        open_side(str(broken), no_ledger)
+
+
+def test_names_that_cannot_be_looked_up_are_input_errors(tmp_path: Path) -> None:
+    for name in ("", "  "):
+        with pytest.raises(InputError, match="an empty name stands for nothing; name a picture"):
+            open_side(name, no_ledger)
+    with pytest.raises(InputError, match=r"^x{100}…: cannot be read: File name too long; name pictures"):
+        open_side("x" * 5000, no_ledger)
+
+
+def test_a_folder_that_refuses_a_look_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(InputError, match=r"^locked/a\.png: cannot be read: Permission denied; name pictures"):
+        open_side("locked/a.png", no_ledger)
 
 
 def test_pictures_of_other_sizes_are_shown_and_not_compared(tmp_path: Path) -> None:

@@ -64,6 +64,18 @@ def test_qwen_image_2512_fits_16_gib_at_its_largest_size_too() -> None:
     assert found.peak_gib == pytest.approx(14.89)
 
 
+def test_room_is_left_for_fragments() -> None:
+    def denoiser_alone(gib: float) -> Placement:
+        return placed(Needs(0.0, gib, 0.0, 0.0, 0.0, encode_gib=0.0), 16)
+
+    assert denoiser_alone(14.89).peak_gib == 14.89
+    with pytest.raises(
+        PlacementError, match=r"largest phase needs 14\.9 GiB .* and 14\.9 GiB may be used; .* GPU of 16\.5 GiB"
+    ):
+        denoiser_alone(14.95)
+    assert placed(replace(SKETCH, inner_decode_gib=14.98), 16).reserves is False
+
+
 @pytest.mark.parametrize(
     ("needs", "layouts"),
     [
@@ -126,15 +138,15 @@ def test_an_urgent_image_needs_room_for_its_own_decode_within_a_step() -> None:
     found = placed(replace(QWEN_Q4, inner_decode_gib=3.4), 16)
     assert (found.layout, found.reserves, found.within) == ("phased", False, "nothing")
     assert found.explained.endswith("urgent images: at the end of the batch")
-    larger = placed(replace(QWEN_Q4, inner_decode_gib=2.5), 16)
-    assert (larger.within, larger.peak_gib) == ("encoded", pytest.approx(14.94))
+    larger = placed(replace(QWEN_Q4, inner_decode_gib=2.4), 16)
+    assert (larger.within, larger.peak_gib) == ("encoded", pytest.approx(14.84))
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers_and_the_nearest_that_would() -> None:
     assert refusal(QWEN, gpu(16)) == (
         "model some does not fit a card: its largest phase needs 38.4 GiB (text encoder 13.2, denoiser 38.0 + 0.4 a step of "
-        "batch 1, decoder 0.2 + 1.5 a decode) and 15.0 GiB may be used; nearest that fits: a card with a GGUF denoiser (as "
-        "Q4_K_M about 12.2 GiB), or a GPU of 39.5 GiB with FARM_VRAM_GIB=39.5"
+        "batch 1, decoder 0.2 + 1.5 a decode) and 14.9 GiB may be used; nearest that fits: a card with a GGUF denoiser (as "
+        "Q4_K_M about 12.2 GiB), or a GPU of 40 GiB with FARM_VRAM_GIB=40"
     )
 
 

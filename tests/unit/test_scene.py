@@ -1,11 +1,23 @@
 """Structured prompts: built, and read back."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from farm.errors import PromptError
-from farm.scene import CHARACTER_ELEMENTS, GENERAL_ELEMENTS, Character, GeneralTags, Scene, read_scene, tag_line
+from farm.scene import (
+    CHARACTER_ELEMENTS,
+    GENERAL_ELEMENTS,
+    Character,
+    GeneralTags,
+    Scene,
+    marks,
+    plain_text,
+    read_scene,
+    tag_line,
+)
 
 PAIR = Scene(
     (
@@ -154,3 +166,13 @@ def test_what_is_no_scene_is_refused(text: str, message: str) -> None:
     with pytest.raises(PromptError) as caught:
         read_scene(text)
     assert caught.value.message == message
+
+
+@pytest.mark.parametrize("written", ["\\", "<", "&", "(", " ", ",", "<a", "\\x"])
+def test_a_long_run_of_one_character_is_read_at_once(written: str) -> None:
+    began = time.process_time()
+    run = written * 100_000
+    plain_text(run)
+    Character(n=run)
+    list(marks(run))
+    assert time.process_time() - began < 2

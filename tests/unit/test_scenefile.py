@@ -1,6 +1,7 @@
 """Scenes in manifests: what they come to, what they use, and what is wrong with them."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -253,3 +254,59 @@ def test_an_object_is_read_from_its_bucket_if_it_is_there_and_small(tmp_path: Pa
     LocalStore(tmp_path / "bucket").put("large.yaml", b"#" * (2**20 + 1))
     with pytest.raises(PromptError, match=r"s3://bucket/large.yaml: larger than 1 MiB; cut it into several"):
         read("s3://bucket/large.yaml")
+
+
+def test_a_use_of_an_unknown_name_tells_the_first_names_alone(tmp_path: Path) -> None:
+    many = "characters:\n" + "".join(f"  c{number:03}: {{n: a}}\n" for number in range(500))
+    assert refusal(tmp_path, "include: c.yaml\nprompts: [{characters: [{use: zzz}]}]\n", c=many).endswith(
+        "there is no 'zzz' in what is included; the included files have: "
+        "'c000', 'c001', 'c002', 'c003', 'c004', 'c005', 'c006', 'c007', 'c008', 'c009' … and 490 more"
+    )
+
+
+def test_a_use_of_the_other_kind_says_so(tmp_path: Path) -> None:
+    include = "include: c.yaml\nprompts:\n  - "
+    assert refusal(tmp_path, include + "characters: [{use: night}]\n", c=CHARACTERS) == (
+        "m.yaml:5: prompts.0.characters.0.use: 'night' is no character but general_tags in what is included; write it under "
+        "general_tags"
+    )
+    assert refusal(tmp_path, include + "general_tags: {use: len}\n", c=CHARACTERS) == (
+        "m.yaml:5: prompts.0.general_tags.use: 'len' is a character in what is included, no general_tags; write it under "
+        "characters"
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ("[c.yaml, c.yaml]", "m.yaml:3: include: 'c.yaml' stands twice; take one of them out"),
+        ("[c.yaml, ./c.yaml]", "c.yaml: is included twice; take one of them out of include"),
+        (r'"c\0.yaml"', r"m.yaml:3: include: 'c\x00.yaml' has a NUL, which no path has; take it out"),
+        (
+            "~nobody-at-all/c.yaml",
+            "m.yaml:3: include: no home is known for the user of '~nobody-at-all/c.yaml'; write the path out",
+        ),
+        ("pipe.yaml", "pipe.yaml: is no regular file; name one"),
+    ],
+)
+def test_an_include_that_cannot_be_read_is_named(tmp_path: Path, files: str, message: str) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert refusal(tmp_path, f"include: {files}\nprompts: [{{characters: [{{use: miku}}]}}]\n", c=CHARACTERS) == message
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (r'{file: "a\0.txt"}', r"m.yaml:3: prompts.file: 'a\x00.txt' has a NUL, which no path has; take it out"),
+        (
+            "{file: ~nobody-at-all/a.txt}",
+            "m.yaml:3: prompts.file: no home is known for the user of '~nobody-at-all/a.txt'; write the path out",
+        ),
+        (
+            "{template: '{a}', vary: {a: {file: ~nobody-at-all/a.txt}}}",
+            "m.yaml:3: prompts.vary.a.file: no home is known for the user of '~nobody-at-all/a.txt'; write the path out",
+        ),
+    ],
+)
+def test_a_path_that_is_none_is_named(tmp_path: Path, prompts: str, message: str) -> None:
+    assert refusal(tmp_path, f"prompts: {prompts}\n") == message

@@ -1,6 +1,7 @@
 """What looking a model's files over finds: each way a download can be wrong."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -86,10 +87,87 @@ def test_a_model_without_an_index_of_its_parts_is_one_fault(encoder: Path) -> No
     other = own(encoder).model_copy(update={"family": "diffusers"})
     (part,) = check_weights(other, Settings())
     assert part.name == "model"
-    assert part.faults[0].startswith(f"model sketch: {encoder.parent / 'model_index.json'} cannot be read")
+    assert part.faults == (f"{encoder.parent / 'model_index.json'} is not there; fetch the weights again",)
 
 
 def test_a_decoder_of_its_own_is_looked_over_in_place_of_the_models(encoder: Path) -> None:
     vae = encoder.parent / "vae"
     other = own(encoder).model_copy(update={"decoder": Source(path=str(vae))})
     assert [part.name for part in check_weights(other, Settings())] == ["text_encoder", "transformer", "decoder"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("not JSON", "cannot be read: Expecting value"),
+        ("[" * 200_000, "cannot be read: nested too deep; fetch"),
+        ("[]", "is not a JSON object; fetch"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_named(encoder: Path, text: str, said: str) -> None:
+    (encoder / "config.json").write_text(text)
+    (fault,) = report(encoder).faults
+    assert fault.startswith(f"{encoder / 'config.json'} {said}")
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": {"w": 5}}', '{"weight_map": {"a": "b", "w": 5}}', "[" * 200_000])
+def test_an_index_of_anything_but_file_names_is_named(encoder: Path, text: str) -> None:
+    index = encoder / "model.safetensors.index.json"
+    index.write_text(text)
+    (fault,) = report(encoder).faults
+    assert fault.startswith(f"{index} is no index of weights")
+
+
+def test_a_file_without_tensors_is_named(encoder: Path) -> None:
+    (encoder.parent / "vae" / "model.safetensors").write_bytes(tensors())
+    vae = next(part for part in check_weights(own(encoder), Settings()) if part.name == "vae")
+    assert vae.faults == (f"{encoder.parent / 'vae' / 'model.safetensors'} has no tensors; fetch the weights again",)
+
+
+@pytest.mark.parametrize("name", ["config.json", SHARD.format(1), "model.safetensors.index.json"])
+def test_a_pipe_in_place_of_a_file_is_not_read(encoder: Path, name: str) -> None:
+    (encoder / name).unlink()
+    os.mkfifo(encoder / name)
+    assert any(f"{encoder / name} is no" in fault for fault in report(encoder).faults)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("tokenizer/tokenizer.json", "tokenizer has no tokenizer; fetch the weights again"),
+        (
+            "scheduler/scheduler_config.json",
+            "scheduler/scheduler_config.json is not there; fetch the weights again",
+        ),
+    ],
+)
+def test_what_a_family_needs_besides_weights_is_named(encoder: Path, file: str, said: str) -> None:
+    (encoder.parent / file).unlink()
+    part = next(check_weights(own(encoder), Settings()))
+    assert (part.name, part.faults) == ("model", (f"{encoder.parent}/{said}",))
+
+
+def test_a_newbies_second_tokenizer_is_missed(encoder: Path) -> None:
+    part = next(check_weights(own(encoder).model_copy(update={"family": "newbie"}), Settings()))
+    assert part.faults == (f"{encoder.parent}/clip_tokenizer has no tokenizer; fetch the weights again",)
+
+
+def test_a_pipelines_parts_that_its_index_names_are_missed(encoder: Path) -> None:
+    index = {name: ["diffusers", "X"] for name in ("transformer", "vae", "text_encoder_2", "text_encoder", "feature")}
+    index = {"_class_name": "XPipeline", "safety_checker": [None, None], **index, "a\0": ["x", "y"]}
+    (encoder.parent / "model_index.json").write_text(json.dumps(index))
+    (encoder.parent / "text_encoder_2").mkdir()
+    (encoder.parent / "text_encoder_2" / "config.json").write_text("{}")
+    part = next(check_weights(own(encoder).model_copy(update={"family": "diffusers"}), Settings()))
+    assert part.faults == (
+        f"{encoder.parent}/text_encoder_2 has no .safetensors file; fetch the weights again",
+        f"{encoder.parent}/feature, which model_index.json names, is not there or empty; fetch the weights again",
+        f"{encoder.parent}/model_index.json names a part 'a\\x00', which no folder is called; fetch the weights again",
+    )
+
+
+@pytest.mark.parametrize("text", ["{}", "[" * 200_000, "[]", ""])
+def test_an_index_of_no_parts_is_a_fault(encoder: Path, text: str) -> None:
+    (encoder.parent / "model_index.json").write_text(text)
+    (part,) = check_weights(own(encoder).model_copy(update={"family": "diffusers"}), Settings())
+    assert part.faults[0].startswith(f"{encoder.parent / 'model_index.json'} ")

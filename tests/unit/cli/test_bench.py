@@ -5,7 +5,11 @@ import pytest
 from PIL import Image
 
 from farm.devices import local_device
+from farm.engine import Engine
+from farm.errors import RenderError, StoreFullError
+from farm.ledger import Ledger
 from farm.models import sleep
+from farm.records import Profile
 from tests.unit.cli.conftest import Place
 
 
@@ -53,6 +57,20 @@ def test_json_has_all_of_it_and_no_profile_leaves_the_store_alone(farm: Place) -
         (("--batch", "0"), "--batch 0: '0' is no whole number above 0; write as 4,8,20"),
         (("--sizes", "65x64"), "--sizes: 65 in 65x64 is not a multiple of 16, as shapes needs; nearest is 64x64"),
         (("--preset", "final"), "--preset: shapes has no preset 'final'; it has none"),
+        (
+            ("--batch", "4,1000000000"),
+            "--batch 4,1000000000: '1000000000' is more than 256, the most allowed; lower it",
+        ),
+        (("--batch", "257"), "--batch 257: '257' is more than 256, the most allowed; lower it"),
+        (("--images", "201"), "--images 201: must be 1 to 200"),
+        (("--images", "0"), "--images 0: must be 1 to 200"),
+        (("--rounds", "0"), "--rounds 0: must be 1 to 100"),
+        (("--rounds", "101"), "--rounds 101: must be 1 to 100"),
+        (("--seed", "-1"), "--seed -1: must be 0 to 4294967295"),
+        (
+            ("--steps", "9" * 5000),
+            f"--steps {'9' * 59}…: '{'9' * 59}…' is more than 999,999, the most allowed; lower it",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_loads(
@@ -61,6 +79,41 @@ def test_what_cannot_be_measured_is_refused_before_anything_loads(
     ended = farm("bench", "shapes", *flags)
     assert (ended.code, ended.error) == (2, said)
     assert not (farm.folder / "farm-bench").exists()
+
+
+def test_an_unusable_store_is_refused_before_anything_is_measured(farm: Place) -> None:
+    farm.write("store", "")
+    ended = farm("bench", "shapes", "--out", "runs/out")
+    assert ended.code == 3, ended.err
+    assert "cold start" not in ended.err
+    assert not (farm.folder / "runs").exists()
+
+
+def test_a_store_that_fails_at_the_end_costs_the_profile_and_not_the_result(
+    farm: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Ledger, profile: Profile) -> None:
+        raise StoreFullError("no room in the store; make some")
+
+    monkeypatch.setattr(Ledger, "put_profile", full)
+    ended = farm("bench", "shapes", "--images", "1", "--rounds", "1", "--json", "--out", "out")
+    record = json.loads(ended.out)
+    assert (ended.code, record["profile_stored"], record["out"]) == (3, False, "out")
+    assert ended.error == "no room in the store; make some"
+    assert ended.err.endswith("its profile is not stored; the report lies in out\n")
+    ended = farm("bench", "shapes", "--images", "1", "--rounds", "1", "--out", "again")
+    assert (ended.code, "  profile  " in ended.out) == (3, False)
+    assert "  report      again/report.md" in ended.out
+
+
+def test_a_model_that_fails_leaves_no_empty_folder(farm: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Engine) -> float:
+        raise RenderError("it does not load")
+
+    monkeypatch.setattr(Engine, "load", fail)
+    ended = farm("bench", "shapes", "--out", "out")
+    assert (ended.code, ended.error) == (4, "it does not load")
+    assert not (farm.folder / "out").exists()
 
 
 def test_a_folder_in_use_is_refused(farm: Place) -> None:

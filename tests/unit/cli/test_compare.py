@@ -45,3 +45,26 @@ def test_what_has_nothing_in_common_is_refused(farm: Place, fake_farm: FakeFarm)
     ended = farm("compare", "few", "nothing")
     assert ended.code == 2
     assert ended.error.startswith("no job 'nothing' in ")
+
+
+def test_deep_and_transparent_pictures_are_not_said_to_be_equal(farm: Place) -> None:
+    save(farm.folder / "b.png", 100)
+    Image.fromarray(np.full((64, 64), 300, dtype=np.uint16)).save(farm.folder / "deep.png")
+    ended = farm("compare", "deep.png", "deep.png")
+    assert ended.code == 0
+    assert "  deep.png: has 16 bits a channel; only grey and RGB of 8 bits a channel are compared" in ended.out
+    Image.fromarray(np.full((64, 64, 4), 100, dtype=np.uint8)).save(farm.folder / "clear.png")
+    ended = farm("compare", "clear.png", "b.png", "--out", "both")
+    assert ended.code == 0, ended.err
+    assert "  pictures    1 pair, 0 of equal pixels\n" in ended.out
+    assert (farm.folder / "both" / "pairs.png").is_file()
+
+
+def test_no_pairs_at_all_are_refused(farm: Place) -> None:
+    ended = farm("compare", "a.png", "b.png", "--images", "0")
+    assert (ended.code, ended.error) == (2, "--images 0: must be 1 or more")
+
+
+def test_an_empty_name_is_refused(farm: Place) -> None:
+    ended = farm("compare", "", "b.png")
+    assert (ended.code, ended.error[:32]) == (2, "an empty name stands for nothing")

@@ -38,6 +38,9 @@ def write_model(folder: Path) -> None:
     for part in ("text_encoder", "vae", "transformer"):
         (folder / "weights" / part).mkdir(parents=True)
         (folder / "weights" / part / "config.json").write_text("{}")
+    for name in ("tokenizer/tokenizer.json", "scheduler/scheduler_config.json"):
+        (folder / "weights" / name).parent.mkdir()
+        (folder / "weights" / name).write_text("{}")
     (folder / "weights" / "text_encoder" / "model.safetensors").write_bytes(tensors(w=("BF16", (10, 5), 100)))
     (folder / "weights" / "vae" / "model.safetensors").write_bytes(tensors(w=("F32", (2, 5), 40), b=("F16", (4,), 8)))
     (folder / "q.safetensors").write_bytes(tensors(w=("F8_E4M3", (30, 100), 3000)))
@@ -150,3 +153,35 @@ def test_check_ends_with_7_where_a_file_is_wrong(own: Place) -> None:
     assert f"  FAULT {vae} is cut off or not a safetensors file; fetch the weights again" in ended.out.splitlines()
     assert ended.err == "1 fault; pull the model again, or mend its card\n"
     assert json.loads(own("models", "check", "own", "--json").out)["sound"] is False
+
+
+@pytest.mark.parametrize("words", [("models",), ("models", "list"), ("models", "check")])
+def test_a_bad_card_hides_no_other(own: Place, words: tuple[str, ...]) -> None:
+    (own.folder / "cards" / "bad.yaml").write_text("name: [")
+    ended = own(*words)
+    assert ended.code == (7 if "check" in words else 2)
+    assert f"FAULT {own.folder / 'cards' / 'bad.yaml'}:1: not YAML" in ended.out
+    assert any(line.startswith("own") for line in ended.out.splitlines())
+    answer = own(*words, "--json")
+    assert answer.code == ended.code
+    found = json.loads(answer.out)
+    assert "own" in [one["name"] for one in found["models"]]
+    if "check" in words:
+        (bad,) = [one for one in found["models"] if one["name"] == "bad"]
+        assert found["sound"] is False
+        assert bad["weights"] == "unknown"
+        assert bad["parts"][0]["faults"][0].startswith(f"{own.folder / 'cards' / 'bad.yaml'}:1: not YAML")
+    else:
+        assert [one["name"] for one in found["faults"]] == ["bad"]
+
+
+def test_check_of_damaged_weights_is_a_fault_each(own: Place) -> None:
+    folder = own.folder / "cards" / "weights"
+    damaged = tensors(w=("\x1b[31m", (1,), 2))
+    (folder / "vae" / "model.safetensors").write_bytes(damaged)
+    (folder / "text_encoder" / "model.safetensors.index.json").write_text('{"weight_map": {"w": 5}}')
+    (folder / "text_encoder" / "config.json").write_text("[" * 200_000)
+    ended = own("models", "check", "own")
+    assert ended.code == 7
+    assert "\x1b" not in ended.out
+    assert ended.out.count("  FAULT ") == 3

@@ -109,6 +109,12 @@ def test_plan_says_where_the_models_parts_lie(farm: Place) -> None:
     assert [(one["device"], one["layout"]) for one in record["placements"]] == [("GPU of 12 GiB", "resident")]
 
 
+@pytest.mark.parametrize(("vram", "said"), [("100000", "100000"), ("0.5", "0.5"), ("nan", "nan")])
+def test_a_budget_out_of_bounds_names_its_flag_and_its_limit(farm: Place, vram: str, said: str) -> None:
+    ended = farm("plan", farm.manifest(model="sketch"), "--vram", vram)
+    assert (ended.code, ended.error) == (2, f"--vram {said}: must be 1 GiB or more, and less than 10,000")
+
+
 def test_plan_without_the_weights_says_how_to_get_them(farm: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farm.fitting.are_here", lambda card, settings: False)
     ended = farm("plan", farm.manifest(model="sketch"))

@@ -1,5 +1,7 @@
 """A device's errors in the farm's words."""
 
+import importlib
+import os
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ import pytest
 import torch
 from diffusers.hooks.group_offloading import ModuleGroup
 
+import farm.models
 from farm.errors import DeviceLostError, OutOfMemoryError, RenderError
 from farm.models.device import Device, Part, Streamed
 
@@ -250,6 +253,47 @@ def test_a_streamed_module_computes_the_same_with_its_blocks_copied_as_they_are_
 def test_a_list_of_two_encoders_is_streamed_each_by_itself() -> None:
     streamed = Streamed(torch.nn.ModuleList([Blocks(), Nested()]))
     assert [type(owner).__name__ for owner in streamed._owners] == ["Blocks", "Blocks"]
+
+
+def test_a_node_is_shared_by_the_renderers_told_and_else_by_one_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="A4000", total_memory=2**34)
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr("farm.models.device.local_device", lambda: SimpleNamespace(gpus=(1, 2, 3)))
+    assert Device("cuda:0", vram_gib=16.0).limits().renderers == 3
+    assert Device("cuda:0", vram_gib=16.0, renderers=2).limits().renderers == 2
+    assert Device("cpu", vram_gib=16.0, renderers=2).limits().renderers == 2
+
+
+def test_a_model_let_go_of_leaves_its_cycles_and_then_its_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("farm.models.device.gc.collect", lambda: freed.append("cycles"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("device"))
+    monkeypatch.setattr(torch.accelerator.memory, "empty_host_cache", lambda: freed.append("pinned"))
+    Device("cuda:0", vram_gib=16.0).let_go()
+    assert freed == ["cycles", "device", "pinned"]
+    freed.clear()
+    Device("cpu", vram_gib=16.0).let_go()
+    assert freed == ["cycles"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": "x"}, "x"), ({"PYTORCH_ALLOC_CONF": "x"}, None)],
+)
+def test_the_allocator_keeps_few_fragments_unless_somebody_configured_it(
+    given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    importlib.reload(farm.models)
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that it is put back as it was
 
 
 def test_cuda_without_a_number_is_the_device_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

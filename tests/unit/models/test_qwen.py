@@ -1,5 +1,7 @@
 """The family qwen-image against the stock pipeline, on a tiny model with random weights."""
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -214,6 +216,21 @@ def test_floats_that_are_none_are_told_and_slices_follow_the_pictures_size(
     sliced = family.decode(latents, spec(0))
     for place in (0, 2):
         assert np.abs(sliced.pixels[place].astype(int) - whole.pixels[place].astype(int)).max() <= 1
+
+
+def test_unloading_after_a_drawing_frees_the_modules_at_once(folder: Path) -> None:
+    family = loaded(folder)
+    draw(family, [spec(0, guidance_scale=4.0)])
+    modules = family._modules
+    kept = [weakref.ref(module) for module in (modules.encoder, modules.denoiser, modules.decoder)]
+    del modules
+    gc.collect()
+    gc.disable()
+    try:
+        family.unload()
+        assert [one() for one in kept] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_unloading_lets_go_of_everything(folder: Path) -> None:

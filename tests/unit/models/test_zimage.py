@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from diffusers.hooks.group_offloading import ModuleGroup
 
 from farm.engine import Engine, Picture
 from farm.errors import ModelCardError, NumericsError, OutOfMemoryError
-from farm.models.device import Device
+from farm.models.device import Device, Streamed
 from farm.models.family import Decoded
 from farm.models.zimage import ZImageFamily
-from farm.placement import DRAWING
+from farm.placement import DENOISER, DRAWING
 from farm.plan import ImageSpec
 from farm.weights import pinned
 from tests.drawing import card, numerics, spec, write_tiny_zimage
@@ -336,6 +337,58 @@ def test_unloading_lets_go_of_everything(folder: Path) -> None:
     assert family.tokenize("a red circle").ids
 
 
+def test_a_load_that_fails_half_way_leaves_nothing_behind_and_can_be_tried_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = ZImageFamily(card(folder), numerics(), device="cpu", vram_gib=16.0)
+    bare = dict(vars(family))
+
+    def fail(self: ZImageFamily) -> None:
+        raise ModelCardError("half way")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ZImageFamily, "_open", fail)
+        with pytest.raises(ModelCardError, match="half way"):
+            family.load()
+    assert vars(family) == bare
+    family.recover()
+    family.load()
+    assert family.tokenize("a red circle").ids
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0], ids=["unguided", "guided"])
+def test_a_streamed_denoiser_has_all_its_weights_copied_and_gives_the_same_latents(
+    folder: Path, family: ZImageFamily, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("farm.models.zimage.packs", lambda device, dtype: False)  # as on a GPU
+    streamed = ZImageFamily(card(folder), numerics(), device="cpu", vram_gib=16.0)
+    streamed.load()
+    assert streamed.placement is not None
+    streamed.placement = replace(streamed.placement, streamed=DENOISER)
+    streamed._open()
+    denoiser = streamed._modules.denoiser
+    copied: set[int] = set()
+
+    def copy(self: ModuleGroup, tensor: torch.Tensor, source: torch.Tensor, _: object) -> None:
+        copied.add(id(tensor))
+        tensor.data = source.clone()
+
+    monkeypatch.setattr(ModuleGroup, "_transfer_tensor_to_device", copy)
+    Streamed(denoiser).stream_to(torch.device("cpu"))
+    specs = [spec(0, guidance_scale=guidance), spec(1, LONG, guidance_scale=guidance)]
+
+    def drawn(which: ZImageFamily) -> torch.Tensor:
+        positive = [which.encode(which.tokenize(one.prompt)) for one in specs]
+        negative = [which.encode(which.tokenize(""))] * 2 if guidance else []
+        return which.denoise(
+            specs, which.noise(specs), positive=positive, negative=negative, on_step=lambda step, of: None
+        )
+
+    assert torch.allclose(drawn(streamed), drawn(family), atol=2e-5, rtol=1e-5)
+    assert [name for name, weights in denoiser.named_parameters() if id(weights) not in copied] == []
+    streamed.recover()
+
+
 def test_a_model_that_was_parked_comes_back_without_its_files(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -356,6 +409,7 @@ def test_a_step_is_one_pass_of_the_denoiser_and_the_last_one_comes_from_the_lowe
     family: ZImageFamily, steps: int
 ) -> None:
     levels: list[float] = []
+    assert family._steps is not None
     hook = family._steps.register_forward_pre_hook(lambda _, inputs: levels.append(1 - float(inputs[1][0])))
     specs = [spec(0, num_inference_steps=steps, guidance_scale=0.0)]
     positive = [family.encode(family.tokenize("a red circle"))]
