@@ -28,7 +28,7 @@ from farm.errors import FarmError, FarmUnavailableError
 from farm.exposure import check_certificate, endpoint_url, free_port, needs_no_key, refuse_exposure
 from farm.fonts import installed
 from farm.keys import list_keys
-from farm.modelcard import ModelCard, find_card, list_cards
+from farm.modelcard import ModelCard, find_card, look_through
 from farm.output import flag_of
 from farm.plan import ImageSpec
 from farm.settings import Settings
@@ -260,7 +260,10 @@ def _fonts() -> Iterator[Check]:
 
 
 def _models(settings: Settings) -> Iterator[Check]:
-    for card in list_cards(settings):
+    for name, card in look_through(settings).items():
+        if isinstance(card, FarmError):
+            yield Check("models", "fail", f"{name}: {card.message}", "mend the card")
+            continue
         if weights_of(card, settings) == "here":
             yield Check("models", "ok", f"{card.name}: {card.title}")
             continue

@@ -281,11 +281,6 @@ def find_card(name: str, settings: Settings) -> ModelCard:
     raise UnknownModelError(f"no model card is called {shown(name)}{near}{HOW_TO_ADD}")
 
 
-def list_cards(settings: Settings) -> list[ModelCard]:
-    """Return all cards by name. Raises ModelCardError when one is wrong."""
-    return [load_card(file) for file in _card_files(settings).values()]
-
-
 def look_through(settings: Settings) -> dict[str, ModelCard | ModelCardError]:
     """Return every card by name, and in place of one that is wrong what is wrong with it."""
     found: dict[str, ModelCard | ModelCardError] = {}

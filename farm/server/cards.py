@@ -9,8 +9,8 @@ import logging
 from dataclasses import dataclass, field
 
 from farm.devices import DeviceInfo, numerics_for
-from farm.errors import UnknownModelError
-from farm.modelcard import ModelCard, find_card, list_cards
+from farm.errors import ModelCardError, UnknownModelError
+from farm.modelcard import ModelCard, find_card, look_through
 from farm.plan import Numerics
 from farm.settings import Settings
 from farm.weights import pinned
@@ -46,8 +46,12 @@ class Cards:
         self._first: dict[str, asyncio.Task[ModelCard]] = {}
 
     async def all(self) -> list[ModelCard]:
-        """All cards by name, as they stand in their files. Raises ModelCardError where one is wrong."""
-        return await asyncio.to_thread(list_cards, self._settings)
+        """All sound cards by name, as they stand in their files; one that is wrong is logged, and hides no other."""
+        found = await asyncio.to_thread(look_through, self._settings)
+        for name, card in found.items():
+            if isinstance(card, ModelCardError):
+                log.warning("model card is wrong", extra={"model": name, "reason": card.message})
+        return [card for card in found.values() if isinstance(card, ModelCard)]
 
     async def pinned(self, name: str) -> ModelCard:
         """A card with its weights' revision. Raises UnknownModelError, ModelCardError."""

@@ -52,3 +52,12 @@ def test_ray_without_its_token_is_a_fault(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     last = checks(tmp_path, "ray")[-1]
     assert (last.status, last.next_step) == ("fail", "leave RAY_AUTH_MODE out, so that Ray asks for its token")
+
+
+def test_a_card_that_is_wrong_is_a_fault_and_the_others_are_told(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("name: bad\nfamily: none\n")
+    found = checks(tmp_path, "models", models=tmp_path)
+    faults = [check for check in found if check.status == "fail"]
+    assert [check.next_step for check in faults] == ["mend the card"]
+    assert f"{tmp_path / 'bad.yaml'}:2" in faults[0].found
+    assert any(check.found.startswith("sketch: ") for check in found)

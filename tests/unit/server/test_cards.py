@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from farm.devices import DeviceInfo
-from farm.errors import UnknownModelError
+from farm.errors import ModelCardError, UnknownModelError
 from farm.modelcard import find_card
 from farm.server import cards as module
 from farm.server.cards import Cards
@@ -52,6 +52,16 @@ def test_many_who_ask_first_read_the_card_once(settings, monkeypatch):
         assert reads == ["sketch"]
 
     asyncio.run(main())
+
+
+def test_a_card_that_is_wrong_is_told_and_hides_no_other(settings, caplog):
+    (settings.models / "bad.yaml").write_text("name: bad\nfamily: none\n")
+    found = asyncio.run(Cards(settings).all())
+    assert "sketch" in [card.name for card in found]
+    assert "bad" not in [card.name for card in found]
+    assert [record.model for record in caplog.records] == ["bad"]
+    with pytest.raises(ModelCardError, match=r"bad\.yaml:2"):
+        asyncio.run(Cards(settings).pinned("bad"))
 
 
 def test_an_unknown_model_is_refused_and_not_remembered(settings):
