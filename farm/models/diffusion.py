@@ -6,6 +6,7 @@ float rounding alone.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Modules:
     decoder: nn.Module
 
 
-class DiffusionFamily:
+class DiffusionFamily(ABC):
     """The base of a family: what does not depend on the model. A family writes the methods from `_load_modules` on."""
 
     def __init__(
@@ -200,38 +201,39 @@ class DiffusionFamily:
                 finite.extend(sound.tolist())
         return Decoded(tuple(pixels), tuple(finite))
 
+    @abstractmethod
     def _load_modules(self, folder: Path) -> Modules:
         """Load the model on the CPU, and keep tokenizer and scheduler. Raises ModelCardError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _open(self) -> None:
         """Make what one drawing needs of its own: pipeline, scheduler. Called after loading, and again by `inside`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _forget(self) -> None:
         """Drop what was kept of the last batch."""
-        raise NotImplementedError
 
     def _latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        """Return the shape of one image's noise."""
+        """Return the shape of one image's noise; a family that draws its noise otherwise has none."""
         raise NotImplementedError
 
     def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode: images x 3 x height x width in -1..1, in the stock pipeline's order of operations."""
+        """Decode: images x 3 x height x width in -1..1, in the stock pipeline's order; for a family that keeps `decode`."""
         raise NotImplementedError
 
+    @abstractmethod
     def tokenize(self, prompt: str) -> Tokens:
         """Cut a prompt into tokens; cheap."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bucket(self, positive: Tokens, negative: Tokens | None) -> Hashable:
         """Return what two images must share, besides size and steps, to be denoised in one batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, tokens: Tokens) -> Embedding:
         """Encode one prompt by itself, into host memory, so that kept ones take none of the device's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def denoise(
         self,
         specs: Sequence[ImageSpec],
@@ -242,7 +244,6 @@ class DiffusionFamily:
         on_step: StepCallback,
     ) -> torch.Tensor:
         """Return the latents of a batch of one shape. `negative` is empty without guidance."""
-        raise NotImplementedError
 
 
 def sound(prompt: str) -> str:

@@ -1,8 +1,9 @@
 """Z-Image's transformer blocks for a CPU in float32: weights laid out once as oneDNN wants them, one short forward.
 
-A quarter off a batch of eight of sketch, a tenth off a single image. Linear layers are the operators that torch's own compiler
-emits where a C++ compiler is at hand; most machines have none. Tensors are let go of as soon as they are used, so that a
-batch stays in the processor's cache. Results differ from the stock blocks by rounding (tested).
+Of the transformer's time a quarter to a third goes in a batch of eight of sketch, a tenth for a single image. Linear layers
+are the operators that torch's own compiler emits where a C++ compiler is at hand; most machines have none. Tensors are let
+go of as soon as they are used, so that a batch stays in the processor's cache. Results differ from the stock blocks by
+rounding (tested).
 """
 
 from typing import Any
