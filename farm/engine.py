@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from farm.cardparts import Source
 from farm.errors import CancelledError, FarmError, NumericsError, RenderError
-from farm.modelcard import ModelCard, Source
+from farm.modelcard import ModelCard
 from farm.models.family import Embedding, Family, Tokens, Within, open_family
 from farm.models.memory import Memory, memory_of
 from farm.plan import ImageSpec, Numerics
@@ -80,7 +81,8 @@ BetweenSteps = Callable[[], float]
 class Weights:
     """What two renders must share to be drawn with one loaded model. The batch may differ.
 
-    `parts`: what the card has besides its source: a denoiser, a decoder, quantisation, adapters, a scheduler, options.
+    `parts`: what the card has besides its source: a denoiser, a decoder, quantisation, adapters, a scheduler,
+    acceleration on this kind of device, options.
     """
 
     family: str
@@ -96,6 +98,7 @@ class Weights:
 def weights_of(card: ModelCard, numerics: Numerics) -> Weights:
     """Return what a card's images are drawn with; where the revision is known the path has no part in it."""
     named: dict[str, Any] = {"denoiser": card.denoiser, "decoder": card.decoder, "scheduler": card.scheduler}
+    named["acceleration"] = card.acceleration.get(numerics.device)
     named |= {f"quantise.{part}": how for part, how in sorted(card.quantise.items())}
     named |= {f"adapters.{adapter.name}": adapter for adapter in card.adapters}
     named |= {f"options.{name}": value for name, value in sorted(card.options.items())}

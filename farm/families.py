@@ -17,6 +17,7 @@ class Takes:
     adapters: bool = False
     scheduler: bool = False
     quantise: tuple[str, ...] = ()
+    acceleration: tuple[str, ...] = ()
     any_option: bool = False
 
 
@@ -28,15 +29,17 @@ _ALL = Takes(
     adapters=True,
     scheduler=True,
     quantise=("encoder", "denoiser"),
+    acceleration=("compile", "attention"),
 )
 FAMILIES = {
     "z-image": _ALL,
-    "qwen-image": _ALL,
+    "qwen-image": replace(_ALL, acceleration=("compile", "attention", "first_block_cache")),
     "newbie": Takes(
         options=_PLACED | {"shift": float, "cfg_truncation": float, "cfg_renormalisation": float, "system_prompt": str},
         denoiser=("safetensors",),
         decoder=True,
         quantise=("encoder",),
+        acceleration=("compile",),
     ),
     "diffusers": replace(_ALL, options={}, any_option=True),
     "sleep": Takes(),

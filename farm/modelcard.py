@@ -8,30 +8,33 @@ whether a card's weights are there and load is found out where they are loaded.
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_validator, model_validator
 
+from farm.cardparts import (
+    PACKAGE,
+    PLAIN,
+    Acceleration,
+    Adapter,
+    Card,
+    Denoiser,
+    Scheduler,
+    SizeLimits,
+    Source,
+    check_source,
+    wrong,
+)
 from farm.errors import ManifestError, ModelCardError, UnknownModelError
 from farm.families import FAMILIES, option_fault
 from farm.settings import Settings
 from farm.yamlfile import did_you_mean, read_yaml, shown, validate
 
-PACKAGE = "package:"
-"""How a path begins that lies inside an installed package."""
 _NEGATIVE_NAME = re.compile(r"[^@\s]\S*")
-_BUCKET_URL = re.compile(r"s3://[^/]+(/.*)?")
 
 HOW_TO_ADD = " (FARM_MODELS names a folder of more)"
 """How a message ends for who may set this machine's settings; the endpoint leaves it out."""
-
-
-class Card(BaseModel):
-    """Root of the records below: frozen, and a key that is not known is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RenderParams(Card):
@@ -66,80 +69,6 @@ class Preset(ParamOverrides):
     )
 
 
-class Source(Card):
-    """Where the weights are, in diffusers' folder layout: a folder, a hub id with a pinned revision, or a prefix in a bucket."""
-
-    path: str | None = Field(
-        default=None,
-        min_length=1,
-        description="folder; relative to the card's file, or package:NAME/FOLDER inside an installed package",
-    )
-    hub: str | None = Field(default=None, min_length=1, description="hub id")
-    s3: str | None = Field(default=None, min_length=1, description="s3://bucket/prefix, copied to each node once")
-    revision: str | None = Field(
-        default=None, description="commit, tag or branch of the hub id; in a plan what `pinned` found"
-    )
-
-    @property
-    def given(self) -> str | None:
-        """Whichever of the places is written."""
-        return self.path or self.hub or self.s3
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """By which keys places are given; a sound source has one."""
-        return tuple(name for name in ("path", "hub", "s3") if getattr(self, name) is not None)
-
-
-class WeightsFile(Source):
-    """One file of weights that lies elsewhere than the model: a quantised denoiser, an adapter."""
-
-    file: str = Field(min_length=1, description="name of the file below its folder, hub id or prefix")
-
-
-class Denoiser(WeightsFile):
-    """A denoiser in one file, in place of the source's own."""
-
-    format: Literal["gguf", "safetensors"]
-
-
-class Adapter(WeightsFile):
-    """A LoRA adapter, active in every picture of this card."""
-
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
-    weight: float = 1.0
-
-
-class Scheduler(Card):
-    """How a denoising step is taken: a scheduler of diffusers, set up as the source's own but for `options`."""
-
-    name: Literal["flow-euler", "flow-heun", "flow-dpm++", "flow-unipc"]
-    options: dict[str, bool | int | float | str | None] = {}
-
-
-class SizeLimits(Card):
-    """Which pictures the model can draw. `sizes`, where given, lists the only (width, height) pairs allowed."""
-
-    multiple_of: int = Field(default=16, gt=0, description="pixels")
-    min_px: int = Field(default=64, gt=0, description="shortest side")
-    max_px: int = Field(default=2048, gt=0, description="longest side")
-    max_pixels: int = Field(default=2048 * 2048, gt=0, description="width x height")
-    sizes: tuple[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]], ...] = ()
-
-    @model_validator(mode="after")
-    def _leaves_a_size(self) -> Self:
-        if self.min_px > self.max_px:
-            raise _fault(f"{self.min_px} is more than max_px, {self.max_px}; lower it", "min_px")
-        if self.multiple_of > self.max_px:
-            raise _fault(f"{self.multiple_of} is more than max_px, {self.max_px}; lower it", "multiple_of")
-        if not self.sizes and -(-self.min_px // self.multiple_of) > self.max_px // self.multiple_of:
-            raise _fault(
-                f"no multiple of {self.multiple_of} lies between min_px {self.min_px} and max_px {self.max_px}; change one",
-                "multiple_of",
-            )
-        return self
-
-
 class ModelCard(Card):
     """One model. `dtypes` and `batch` are per device kind (`cuda`, `cpu`), the preferred dtype first."""
 
@@ -156,6 +85,9 @@ class ModelCard(Card):
     )
     adapters: tuple[Adapter, ...] = ()
     scheduler: Scheduler | None = Field(default=None, description="in place of the source's own")
+    acceleration: dict[Literal["cuda", "cpu"], Acceleration] = Field(
+        default={}, description="per device kind; what changes a picture by rounding or more, and saves time"
+    )
     options: dict[str, bool | int | float | str] = Field(
         default={}, description="what only this family has; each family names its own"
     )
@@ -173,7 +105,7 @@ class ModelCard(Card):
     limits: SizeLimits = SizeLimits()
     max_steps: int = Field(default=200, gt=0)
     max_sequence_length: int = Field(default=512, gt=0, description="prompt tokens kept")
-    presets: dict[str, Preset] = {}
+    presets: dict[str, Preset] = Field(default={}, description="parameters by name")
     negative_prompts: dict[str, str] = Field(
         default={}, description="negative prompts by name; written as @NAME where one is asked for"
     )
@@ -185,10 +117,10 @@ class ModelCard(Card):
     @classmethod
     def _one_device_at_least(cls, value: dict[str, Any]) -> dict[str, Any]:
         if not value:
-            raise _fault("names no device; write one for cpu or cuda")
+            raise wrong("names no device; write one for cpu or cuda")
         for device, entry in value.items():
             if entry == () or (isinstance(entry, int) and entry < 1):
-                raise _fault(f"must be at least one, got {shown(entry)}; change it", device)
+                raise wrong(f"must be at least one, got {shown(entry)}; change it", device)
         return value
 
     @field_validator("negative_prompts")
@@ -196,7 +128,7 @@ class ModelCard(Card):
     def _can_be_asked_for(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
             if not _NEGATIVE_NAME.fullmatch(name):
-                raise _fault(
+                raise wrong(
                     f"{shown(name)} cannot be asked for as @NAME; a name has no blanks, does not begin with @ and is not empty: "
                     "rename it",
                     name,
@@ -206,16 +138,16 @@ class ModelCard(Card):
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
         for at, source in self._sources():
-            _check_source(at, source, nowhere=self.family == "sleep" and at == ("source",))
+            check_source(at, source, nowhere=self.family == "sleep" and at == ("source",))
         for device in self.dtypes:
             if device not in self.batch:
-                raise _fault(f"says nothing of {device}, which dtypes names; add it", "batch")
+                raise wrong(f"says nothing of {device}, which dtypes names; add it", "batch")
         self._check_family()
         if fault := param_fault(self, self.defaults):
-            raise _fault(fault.text, "defaults", fault.name)
+            raise wrong(fault.text, "defaults", fault.name)
         for name, preset in self.presets.items():
             if fault := param_fault(self, merged(self.defaults, preset)):
-                raise _fault(fault.text, "presets", name, fault.name)
+                raise wrong(fault.text, "presets", name, fault.name)
         negatives = [("defaults", self.defaults.negative_prompt)]
         negatives += [(f"presets.{name}", preset.negative_prompt or "") for name, preset in self.presets.items()]
         for place, text in negatives:
@@ -223,7 +155,7 @@ class ModelCard(Card):
                 negative_of(self, text)
             except ManifestError as exc:
                 said = exc.message.removeprefix("negative_prompt ")
-                raise _fault(said, *place.split(".", 1), "negative_prompt") from exc
+                raise wrong(said, *place.split(".", 1), "negative_prompt") from exc
         return self
 
     def _sources(self) -> Iterator[tuple[tuple[str | int, ...], Source]]:
@@ -244,25 +176,29 @@ class ModelCard(Card):
             ("scheduler", self.scheduler, takes.scheduler),
         ):
             if given and not taken:
-                raise _fault(f"the family {self.family} takes none; leave it out", name)
+                raise wrong(f"the family {self.family} takes none; leave it out", name)
         if self.denoiser is not None:
             if self.denoiser.format not in takes.denoiser:
                 known = ", ".join(takes.denoiser)
-                raise _fault(f"the family {self.family} reads {known}; take such a file", "denoiser", "format")
+                raise wrong(f"the family {self.family} reads {known}; take such a file", "denoiser", "format")
             if "denoiser" in self.quantise and self.denoiser.format == "gguf":
-                raise _fault(
-                    "the denoiser is quantised already, in its GGUF file; leave it out", "quantise", "denoiser"
-                )
+                raise wrong("the denoiser is quantised already, in its GGUF file; leave it out", "quantise", "denoiser")
+        for device, how in self.acceleration.items():
+            for name in Acceleration.model_fields:
+                if getattr(how, name) != getattr(PLAIN, name) and name not in takes.acceleration:
+                    raise wrong(
+                        f"the family {self.family} has no such thing; leave it out", "acceleration", device, name
+                    )
         for part in self.quantise:
             if part not in takes.quantise:
-                raise _fault(f"the family {self.family} does not quantise it; leave it out", "quantise", part)
+                raise wrong(f"the family {self.family} does not quantise it; leave it out", "quantise", part)
         names = [adapter.name for adapter in self.adapters]
         for number, name in enumerate(names):
             if name in names[:number]:
-                raise _fault(f"two adapters are called {name}; rename one", "adapters", number, "name")
+                raise wrong(f"two adapters are called {name}; rename one", "adapters", number, "name")
         for name, value in self.options.items():
             if fault := option_fault(self.family, name, value):
-                raise _fault(fault, "options", name)
+                raise wrong(fault, "options", name)
 
 
 class ParamFault(Card):
@@ -305,6 +241,7 @@ def load_card(path: Path) -> ModelCard:
         "scheduler": tuple(Scheduler.model_fields),
         "adapters": tuple(Adapter.model_fields),
     }
+    lists |= {f"acceleration.{kind}": tuple(Acceleration.model_fields) for kind in ("cuda", "cpu")}
     presets = document.data.get("presets")
     for preset in presets if isinstance(presets, dict) else ():
         lists[f"presets.{preset}"] = tuple(Preset.model_fields)
@@ -420,37 +357,6 @@ def resolved(card: ModelCard, overrides: AnyOverrides) -> AnyOverrides:
     if text is None or not text.startswith("@"):
         return overrides
     return overrides.model_copy(update={"negative_prompt": negative_of(card, text)})
-
-
-def _check_source(at: tuple[str | int, ...], source: Source, *, nowhere: bool) -> None:
-    """Raise a fault of one source; `nowhere`: it may name no place."""
-    if len(source.places) > 1:
-        raise _fault(f"names {' and '.join(source.places)}, and weights are in one place; keep one of them", *at)
-    if not source.places and not nowhere:
-        raise _fault("needs one of path, hub and s3; name where the weights are", *at)
-    if source.s3 is not None and not _BUCKET_URL.fullmatch(source.s3):
-        raise _fault(f"must be s3://bucket/prefix, got {shown(source.s3)}; mend it", *at, "s3")
-    for name in (*source.places, "file"):
-        if "\0" in (text := getattr(source, name, "")):
-            raise _fault(f"{shown(text)} has a NUL, which no name has; take it out", *at, name)
-    if source.path is not None and source.path.startswith(PACKAGE):
-        package, _, inside = source.path.removeprefix(PACKAGE).partition("/")
-        if not all(word.isidentifier() for word in package.split(".")):
-            raise _fault(f"must be {PACKAGE}NAME/FOLDER, got {shown(source.path)}; mend it", *at, "path")
-        if PurePosixPath(inside).is_absolute() or ".." in PurePosixPath(inside).parts:
-            raise _fault(f"must lie inside of its package, got {shown(source.path)}; mend it", *at, "path")
-    if not isinstance(source, WeightsFile):
-        return
-    file = PurePosixPath(source.file)
-    if file.is_absolute() or ".." in file.parts:
-        raise _fault(f"must be a name below its folder, got {shown(source.file)}; mend it", *at, "file")
-    wanted = source.format if isinstance(source, Denoiser) else "safetensors"
-    if file.suffix != f".{wanted}":
-        raise _fault(f"must be a .{wanted} file, got {shown(source.file)}; name such a file", *at, "file")
-
-
-def _fault(text: str, *at: str | int) -> PydanticCustomError:
-    return PydanticCustomError("farm", "{text}", {"text": text, "at": at})
 
 
 def _folders(settings: Settings) -> list[Path]:

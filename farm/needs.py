@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from farm.cardparts import PLAIN
 from farm.errors import ModelCardError
 from farm.modelcard import ModelCard, RenderParams
 from farm.placement import Needs
@@ -114,6 +115,8 @@ def needs_of(
     """
     quantise = card.quantise if device != "cpu" else {}
     parts = _parts(card, folder, files or {}, dtype=dtype, quantise=quantise)
+    accelerated = card.acceleration.get("cpu" if device == "cpu" else "cuda", PLAIN)
+    whole_blocks = accelerated.compile or accelerated.first_block_cache is not None  # they do not come and go
     gguf = card.denoiser is not None and card.denoiser.format == "gguf"
     working = WORKING_SETS[card.family]
     drawn = params or card.defaults
@@ -134,7 +137,8 @@ def needs_of(
         inner_step_gib=working.step * limit * forwards * scale + extra_gib,
         inner_decode_gib=largest_decode_gib,
         encoder_streamed_gib=None if "encoder" in quantise else _streamed_gib(parts["encoder"]),
-        denoiser_streamed_gib=None if "denoiser" in quantise else _streamed_gib(parts["denoiser"]),
+        denoiser_streamed_gib=None if whole_blocks or "denoiser" in quantise else _streamed_gib(parts["denoiser"]),
+        cut_in=accelerated.first_block_cache is None,
         encoder_on_cpu=card.options.get("encoder_on") == "cpu",
         batch=batch,
         pixels=pixels,

@@ -79,8 +79,8 @@ class Needs:
 
     `inner_step_gib`, `inner_decode_gib`: of an urgent image within a step. `encoder_streamed_gib`, `denoiser_streamed_gib`: what
     of a part is on the device at once where it comes block by block, None where it cannot. `encoder_on_cpu`: the card has
-    prompts encoded in main memory. `pixels`: of one picture of the batch. `denoiser_q4_gib`: the denoiser's size as Q4_K_M,
-    None where it is quantised.
+    prompts encoded in main memory. `cut_in`: another picture may be drawn between two steps of one. `pixels`: of one picture of
+    the batch. `denoiser_q4_gib`: the denoiser's size as Q4_K_M, None where it is quantised.
     """
 
     encoder_gib: float
@@ -94,6 +94,7 @@ class Needs:
     encoder_streamed_gib: float | None = None
     denoiser_streamed_gib: float | None = None
     encoder_on_cpu: bool = False
+    cut_in: bool = True
     batch: int = 1
     pixels: int | None = None
     denoiser_q4_gib: float | None = None
@@ -174,7 +175,9 @@ def place(model: str, needs: Needs, *, dtype: str, device: DeviceLimits) -> Plac
         if not device.host_holds(needs.weights_gib):
             raise PlacementError(_host_refusal(model, needs.weights_gib, device))
         reason = f"{needs.weights_gib:.1f} GiB in main memory, batch {needs.batch}"
-        return Placement("resident", ALL, ALL, ALL, needs.resident_gib, reason, host_gib=needs.weights_gib)
+        return Placement(
+            "resident", ALL, ALL, ALL, needs.resident_gib, reason, reserves=needs.cut_in, host_gib=needs.weights_gib
+        )
     if dtype == "bfloat16" and device.capability is not None and device.capability < BFLOAT16_CAPABILITY:
         major, minor = device.capability
         raise PlacementError(
@@ -239,7 +242,7 @@ def _layout(
     on_cpu: frozenset[str] = NONE,
 ) -> Placement:
     """`inner_gib`: what is on the device while an urgent image is drawn within a step, None where none can be."""
-    reserves = inner_gib is not None and inner_gib <= usable - SLACK_GIB
+    reserves = n.cut_in and inner_gib is not None and inner_gib <= usable - SLACK_GIB
     peak_gib = max(peak_gib, inner_gib) if inner_gib is not None and reserves else peak_gib
     reason = f"{what}, decode {n.decode_gib:.1f} GiB, batch {n.batch}, {peak_gib:.1f} of {usable:.1f} GiB"
     encode, denoise, decode = stages

@@ -13,9 +13,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from farm.cardparts import Source
 from farm.errors import ManifestError, NewerVersionError
 from farm.manifest import MAX_SEED, Manifest, Output
-from farm.modelcard import ModelCard, ParamOverrides, RenderParams, Source, merged
+from farm.modelcard import ModelCard, ParamOverrides, RenderParams, merged
 from farm.sweep import Template
 
 VERSION = 2
@@ -316,6 +317,9 @@ def _other_weights(card: ModelCard) -> dict[str, Any]:
         "quantise": dict(sorted(card.quantise.items())),
         "adapters": [identity(adapter) for adapter in card.adapters],
         "scheduler": card.scheduler and card.scheduler.model_dump(mode="json"),
+        "acceleration": {
+            kind: how.model_dump(exclude_defaults=True) for kind, how in sorted(card.acceleration.items())
+        },
         "options": dict(sorted(card.options.items())),
     }
 

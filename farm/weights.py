@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from farm.cardparts import PACKAGE, Source, WeightsFile
 from farm.errors import ModelCardError, NumericsError, StoreError, StoreFullError, StoreUnavailableError
 from farm.hub import cached, commit_of, fetch
 from farm.mirror import Report, mirror, revision_of, weights_in
-from farm.modelcard import PACKAGE, ModelCard, Source, WeightsFile
+from farm.modelcard import ModelCard
 from farm.settings import Settings, load_settings
 from farm.storage.base import ObjectInfo, ObjectStore
 from farm.storage.opening import open_store

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from farm.cardparts import SizeLimits, Source
 from farm.devices import PACKAGES
 from farm.engine import Engine
 from farm.ledger import Ledger
 from farm.manifest import Manifest, Output
-from farm.modelcard import ModelCard, ParamOverrides, RenderParams, SizeLimits, Source
+from farm.modelcard import ModelCard, ParamOverrides, RenderParams
 from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
 from farm.plan import ImageSpec, Numerics, Plan, PromptTable, SeedRule
 from farm.storage.local import LocalStore

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from farm.cardparts import Denoiser, SizeLimits, Source
 from farm.errors import FarmError
-from farm.modelcard import Denoiser, ModelCard, SizeLimits, Source
+from farm.modelcard import ModelCard
 from farm.models.newbie_transformer import NewBieTransformer
 from farm.needs import Q4_BITS
 

@@ -74,6 +74,12 @@ class Device:
             with self.errors("finish its work"):
                 torch.cuda.synchronize(self.torch)
 
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Have a copy in host memory once the device is synchronised; the host goes on meanwhile."""
+        if not self.is_cuda:
+            return tensor
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
     def empty_cache(self) -> None:
         """Give memory that holds nothing back to the device."""
         if self.is_cuda:

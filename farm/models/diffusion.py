@@ -11,12 +11,15 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import nn
 
+from farm.cardparts import PLAIN
+from farm.errors import ModelCardError
 from farm.modelcard import ModelCard, RenderParams
+from farm.models.acceleration import accelerate, compiling
 from farm.models.device import Device, Part, Streamed
 from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
 from farm.models.loading import Loader
@@ -26,6 +29,12 @@ from farm.plan import ImageSpec, Numerics
 from farm.weights import locate
 
 CPU = torch.device("cpu")
+WARM_PX = 512
+"""Side of the pictures that are drawn as an accelerated model loads, where the card has no smaller ones."""
+WARM_GUIDANCE = 2.0
+"""With which every family that guides at all draws guided."""
+WARM_PROMPTS = ("a red circle", "a quiet harbour in the morning, boats, " * 12)
+"""One of a few tokens and one of many, so that there are pictures with a mask over padded tokens and without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,7 @@ class DiffusionFamily(ABC):
         self._device = Device(device, vram_gib=vram_gib, renderers=renderers)
         self._parts: dict[str, Part | Streamed] = {}
         self._loaded = False
+        self._acceleration = card.acceleration.get(numerics.device, PLAIN)
         self.placement: Placement | None = None
         self.encodes_ahead = False
         self._bare = frozenset({*vars(self), "_bare"})
@@ -77,6 +87,7 @@ class DiffusionFamily(ABC):
         with self._device.errors(f"load model {card.name}"):
             self._loader = Loader(card, folder, files, self._dtype, self._device.torch)
             modules = self._modules = self._load_modules(folder)
+            accelerate(card.name, modules.denoiser, self._acceleration)
             self._open()
             for name in ("encoder", "denoiser", "decoder"):
                 kind = Streamed if name in placement.streamed else Part
@@ -86,6 +97,46 @@ class DiffusionFamily(ABC):
             self._parts = {}
         self.encodes_ahead = placement.encodes_ahead
         self._loaded = True
+        if self._acceleration != PLAIN:
+            self._try()
+
+    def _try(self) -> None:
+        """Draw pictures that nobody sees: what is compiled is compiled now, for each way through the denoiser, and what cannot
+        work on this device is found out before there is a job in hand. Raises ModelCardError."""
+        with_guidance = self._card.defaults.guidance_scale
+        try:
+            if not self._acceleration.compile:
+                self._draw_unseen([WARM_PROMPTS[0]], [WARM_PROMPTS[0]] if with_guidance else [])
+                return
+            short, long = WARM_PROMPTS
+            share = self.bucket(self.tokenize(short), None) == self.bucket(self.tokenize(long), None)
+            with compiling():
+                for images in (1, 2)[: self._numerics.batch]:  # two stand for any number
+                    self._draw_unseen([long] * images, [])
+                    self._draw_unseen([long] * images, [long] * images)
+                    self._draw_unseen([long] * images, [short] * images)
+                    if images > 1 and share:
+                        self._draw_unseen([short] + [long] * (images - 1), [])
+        except (RuntimeError, ValueError) as exc:
+            given = self._acceleration.model_dump(exclude_defaults=True)
+            raise ModelCardError(
+                f"model {self._card.name}: with {', '.join(f'{name} {value}' for name, value in given.items())} it cannot be "
+                f"drawn on {self._device.torch}: {type(exc).__name__}: {' '.join(str(exc).split())[:300]}; take it out of the "
+                f"card's acceleration"
+            ) from exc
+        finally:
+            self.recover()
+
+    def _draw_unseen(self, prompts: Sequence[str], negative: Sequence[str]) -> None:
+        """Denoise a batch of small pictures in two steps."""
+        limits = self._card.limits
+        side = -(-min(limits.min_px, WARM_PX) // limits.multiple_of) * limits.multiple_of
+        params = RenderParams(
+            width=side, height=side, num_inference_steps=2, guidance_scale=WARM_GUIDANCE if negative else 0.0
+        )
+        specs = [ImageSpec(place, place, None, text, place, params, {}) for place, text in enumerate(prompts)]
+        positive, against = ([self.encode(self.tokenize(text)) for text in texts] for texts in (prompts, negative))
+        self.denoise(specs, self.noise(specs), positive=positive, negative=against, on_step=lambda step, steps: None)
 
     def _settle(self) -> None:
         """Bring everything onto the device where everything stays there; else the phases do."""
@@ -191,15 +242,19 @@ class DiffusionFamily(ABC):
         at_once = max(1, DECODE_PIXELS // (params.width * params.height))
         doing = f"decode {len(latents)} images of {params.width}x{params.height}"
         with self._phase("decode", doing):
-            pixels: list[Any] = []
-            finite: list[bool] = []
+            pixels: list[torch.Tensor] = []
+            finite: list[torch.Tensor] = []
             for some in latents.split(at_once):
                 images = self._decoded(some)
                 sound = torch.isfinite(images).flatten(1).all(dim=1)
                 images = torch.nan_to_num(images * 0.5 + 0.5).clamp_(0, 1).float().mul_(255).round_()
-                pixels.extend(images.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy())
-                finite.extend(sound.tolist())
-        return Decoded(tuple(pixels), tuple(finite))
+                pixels.append(self._device.to_host(images.to(torch.uint8).permute(0, 2, 3, 1).contiguous()))
+                finite.append(self._device.to_host(sound))
+            self._device.synchronize()
+        return Decoded(
+            tuple(picture for some in pixels for picture in some.numpy()),
+            tuple(bool(one) for some in finite for one in some),
+        )
 
     @abstractmethod
     def _load_modules(self, folder: Path) -> Modules:

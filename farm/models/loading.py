@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from farm.cardparts import Adapter
 from farm.errors import ModelCardError
-from farm.modelcard import Adapter, ModelCard
+from farm.modelcard import ModelCard
 from farm.models.device import Part
 
 T = TypeVar("T")

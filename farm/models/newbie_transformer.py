@@ -42,6 +42,8 @@ class NewBieTransformer(Lumina2Transformer2DModel):  # type: ignore[misc]
     length are not used: positions are computed for the batch.
     """
 
+    _repeated_blocks = ("Lumina2TransformerBlock",)
+
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from farm.modelcard import RenderParams
+from farm.models.acceleration import forget_blocks
 from farm.models.diffusion import DiffusionFamily, Modules, sound
 from farm.models.family import Embedding, StepCallback, Tokens
 from farm.models.qwen_vae import FrameDecoder
@@ -50,7 +51,8 @@ class QwenFamily(DiffusionFamily):
         self._pipeline = pipeline
 
     def _forget(self) -> None:
-        """Nothing is kept of a batch."""
+        """Only a cache keeps something of a batch."""
+        forget_blocks(self._modules.denoiser, self._acceleration)
 
     def guided(self, params: RenderParams) -> bool:
         """The pipeline guides above 1."""
@@ -105,18 +107,21 @@ class QwenFamily(DiffusionFamily):
                 against = self._collate(negative)
                 given["negative_prompt_embeds"] = against
                 given["negative_prompt_embeds_mask"] = torch.ones_like(against[..., 0], dtype=torch.long)
-            latents = pipeline(
-                **given,
-                true_cfg_scale=params.guidance_scale if negative else 1.0,
-                latents=pipeline._pack_latents(noise.to(self._device.torch), *noise.shape),
-                width=params.width,
-                height=params.height,
-                num_inference_steps=params.num_inference_steps,
-                max_sequence_length=self._card.max_sequence_length,
-                callback_on_step_end=after_step,
-                output_type="latent",
-                return_dict=False,
-            )[0]
+            try:
+                latents = pipeline(
+                    **given,
+                    true_cfg_scale=params.guidance_scale if negative else 1.0,
+                    latents=pipeline._pack_latents(noise.to(self._device.torch), *noise.shape),
+                    width=params.width,
+                    height=params.height,
+                    num_inference_steps=params.num_inference_steps,
+                    max_sequence_length=self._card.max_sequence_length,
+                    callback_on_step_end=after_step,
+                    output_type="latent",
+                    return_dict=False,
+                )[0]
+            finally:
+                self._forget()
             unpacked: torch.Tensor = pipeline._unpack_latents(
                 latents, params.height, params.width, pipeline.vae_scale_factor
             )

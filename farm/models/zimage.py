@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
 from transformers import AutoTokenizer, Qwen3Model
 
+from farm.cardparts import PLAIN
 from farm.models.diffusion import DiffusionFamily, Modules, sound
 from farm.models.family import Embedding, StepCallback, Tokens
 from farm.models.packed import pack_blocks, packs
@@ -33,7 +34,7 @@ class ZImageFamily(DiffusionFamily):
         transformer = loader.denoiser("transformer", ZImageTransformer2DModel)
         loader.adapt(transformer, ZImagePipeline)
         vae = loader.decoder("vae", AutoencoderKL)
-        plain = self._card.denoiser is None and not self._card.adapters
+        plain = self._card.denoiser is None and not self._card.adapters and self._acceleration == PLAIN
         if plain and packs(self._device.torch, self._dtype):
             for blocks in (transformer.layers, transformer.noise_refiner, transformer.context_refiner):
                 pack_blocks(blocks)

@@ -114,6 +114,8 @@ class StepTransformer(nn.Module):  # type: ignore[misc]
         refined, positions, mask, _, _ = model._prepare_sequence(
             embedded, ids, padding, model.cap_pad_token, None, images[0].device
         )
+        # For one caption torch leaves strides as they come, and compiled blocks look at them.
+        positions = positions.clone(memory_format=torch.contiguous_format)
         for layer in model.context_refiner:
             refined = layer(refined, mask, positions)
         length = len(image_tokens[0])

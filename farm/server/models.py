@@ -5,9 +5,10 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
+from farm.cardparts import SizeLimits
 from farm.devices import numerics_for
 from farm.errors import FarmUnavailableError, PlacementError
-from farm.modelcard import ModelCard, Preset, RenderParams, SizeLimits
+from farm.modelcard import ModelCard, Preset, RenderParams
 from farm.portion import PoolView
 from farm.reserve import in_force
 from farm.server.caller import Reader

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import farm.sketch
+from farm.cardparts import Source
 from farm.devices import local_device, numerics_for
 from farm.engine import Engine, Picture
 from farm.errors import ModelCardError, NumericsError
-from farm.modelcard import ModelCard, Source, find_card
+from farm.modelcard import ModelCard, find_card
 from farm.plan import ImageSpec
 from farm.settings import Settings
 from farm.storage.s3 import S3Store

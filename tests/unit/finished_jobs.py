@@ -7,10 +7,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from farm.cardparts import Source
 from farm.export import finalise
 from farm.ledger import Ledger
 from farm.manifest import Manifest
-from farm.modelcard import ModelCard, ParamOverrides, RenderParams, Source
+from farm.modelcard import ModelCard, ParamOverrides, RenderParams
 from farm.plan import Numerics, Plan, PromptTable, Scalar, SeedRule
 from farm.receipt import ImageRow, Receipt
 from farm.records import Totals

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from farm.cardparts import Scheduler
 from farm.cli.app import main
 from farm.manifest import Manifest, load_manifest
-from farm.modelcard import ModelCard, RenderParams, Scheduler, find_card, merged, param_fault
+from farm.modelcard import ModelCard, RenderParams, find_card, merged, param_fault
 from farm.request import wish_of
 from farm.scene import read_scene
 from farm.settings import Settings

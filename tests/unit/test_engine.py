@@ -6,9 +6,9 @@ import time
 
 import pytest
 
+from farm.cardparts import Adapter, Denoiser, Scheduler, Source
 from farm.engine import EmbeddingCache, Picture, RenderStep, check_numerics, weights_of
 from farm.errors import CancelledError, NumericsError, OutOfMemoryError, RenderError
-from farm.modelcard import Adapter, Denoiser, Scheduler, Source
 from farm.models.family import Embedding, Tokens
 from tests.drawing import FakeFamily, card, engine, numerics, spec
 

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from farm import placement
+from farm.cardparts import SizeLimits
 from farm.devices import DeviceInfo, Gpu, HostMemory
 from farm.errors import SettingsError
 from farm.fitting import Fit, asked_device, fits
-from farm.modelcard import ModelCard, SizeLimits
+from farm.modelcard import ModelCard
 from farm.needs import GIB
 from farm.settings import Settings
 from tests.drawing import card, numerics

@@ -6,9 +6,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from farm.cardparts import Source
 from farm.errors import ModelCardError
 from farm.hub import commit_of
-from farm.modelcard import Source
 from farm.weights import pinned
 from tests.drawing import card
 

@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farm.cardparts import Acceleration, SizeLimits, Source
 from farm.errors import ManifestError, ModelCardError, UnknownModelError
 from farm.modelcard import (
     ModelCard,
     ParamOverrides,
-    SizeLimits,
-    Source,
     find_card,
     load_card,
     look_through,
@@ -339,6 +338,36 @@ def test_options_are_those_of_the_family(tmp_path: Path, options: str, message: 
     assert load_card(write(tmp_path, newbie + "options: {shift: 6}")).options == {"shift": 6}
     with pytest.raises(ModelCardError) as caught:
         load_card(write(tmp_path, f"{newbie}options: {options}"))
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "message"),
+    [
+        ("z-image", "{cuda: {attention: flash_hub}}", "acceleration.cuda.attention: must be"),
+        (
+            "z-image",
+            "{cuda: {first_block_cache: 0.1}}",
+            "acceleration.cuda.first_block_cache: the family z-image has no such",
+        ),
+        (
+            "newbie",
+            "{cpu: {attention: flash}}",
+            "acceleration.cpu.attention: the family newbie has no such thing; leave it out",
+        ),
+        ("qwen-image", "{cuda: {compile: true, first_block_cache: 0.1}}", "does not go with compile"),
+        ("qwen-image", "{cuda: {first_block_cache: 0}}", "acceleration.cuda.first_block_cache: must be"),
+        ("qwen-image", "{cuda: {compiled: true}}", "did you mean compile?"),
+    ],
+)
+def test_acceleration_is_of_the_family_and_downloads_no_code(
+    tmp_path: Path, family: str, given: str, message: str
+) -> None:
+    text = TEXT.replace("family: z-image", f"family: {family}")
+    found = load_card(write(tmp_path, text + "acceleration: {cuda: {compile: true}}")).acceleration
+    assert found == {"cuda": Acceleration(compile=True)}
+    with pytest.raises(ModelCardError) as caught:
+        load_card(write(tmp_path, f"{text}acceleration: {given}"))
     assert message in caught.value.message
 
 

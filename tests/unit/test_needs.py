@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from farm.cardparts import Acceleration, Adapter, Denoiser, SizeLimits, Source
 from farm.errors import ModelCardError
-from farm.modelcard import Adapter, Denoiser, ModelCard, RenderParams, SizeLimits, Source
+from farm.modelcard import ModelCard, RenderParams
 from farm.needs import GIB, folders_of, needs_of, part_bytes
 from tests.drawing import card
 from tests.unit.test_tensorfiles import write_gguf, write_safetensors
@@ -113,6 +114,17 @@ def test_streaming_has_two_blocks_on_the_device_and_what_lies_outside_of_blocks(
     needs = needs_of(big(), folder, dtype="bfloat16", batch=1)
     assert in_bytes(needs.encoder_streamed_gib) == (64 * 32 + 2 * 64 * 64 + 32) * 2
     assert in_bytes(needs.denoiser_streamed_gib) == (100 + 2 * 32 * 64) * 2
+
+
+@pytest.mark.parametrize("how", [Acceleration(compile=True), Acceleration(first_block_cache=0.1)])
+def test_blocks_that_are_compiled_or_left_out_are_not_streamed(folder: Path, how: Acceleration) -> None:
+    accelerated = big("qwen-image", acceleration={"cuda": how})
+    needs = needs_of(accelerated, folder, dtype="bfloat16", batch=1)
+    assert needs.denoiser_streamed_gib is None
+    assert needs.cut_in is how.compile
+    on_a_cpu = needs_of(accelerated, folder, dtype="bfloat16", batch=1, device="cpu")
+    assert on_a_cpu.denoiser_streamed_gib is not None
+    assert on_a_cpu.cut_in
 
 
 def test_a_gguf_denoiser_counts_as_its_bytes_and_dequantises_in_each_step(folder: Path, tmp_path: Path) -> None:

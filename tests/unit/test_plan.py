@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farm.cardparts import Acceleration, Adapter, Source
 from farm.errors import ManifestError, NewerVersionError
 from farm.manifest import Manifest
-from farm.modelcard import Adapter, ParamOverrides, Source
+from farm.modelcard import ParamOverrides
 from farm.plan import (
     Numerics,
     Plan,
@@ -218,9 +219,10 @@ def test_what_is_laid_over_a_models_weights_is_part_of_its_identity() -> None:
         {"decoder": Source(hub="some/vae", revision="0" * 40)},
         {"quantise": {"encoder": "nf4"}},
         {"options": {"shift": 6.0}},
+        {"acceleration": {"cuda": Acceleration(compile=True)}},
     ]
     identities = [plain, *(card_identity(CARD.model_copy(update=change)) for change in changes)]
-    assert len({canonical_digest(identity) for identity in identities}) == 6
+    assert len({canonical_digest(identity) for identity in identities}) == 7
     moved = adapter.model_copy(update={"path": "/elsewhere"})
     assert card_identity(CARD.model_copy(update={"adapters": (moved,)})) == identities[1]
     assert "adapters" not in plain

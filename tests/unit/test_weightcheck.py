@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from farm.modelcard import ModelCard, Source
+from farm.cardparts import Source
+from farm.modelcard import ModelCard
 from farm.settings import Settings
 from farm.weightcheck import PartReport, check_weights
 from tests.drawing import card

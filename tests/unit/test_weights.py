@@ -11,8 +11,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from farm import weights
+from farm.cardparts import Adapter, Denoiser, Source
 from farm.errors import ModelCardError, NumericsError, StoreFullError, StoreUnavailableError
-from farm.modelcard import Adapter, Denoiser, Source
 from farm.settings import Settings, load_settings
 from farm.storage.base import ObjectStore
 from farm.storage.local import LocalStore

@@ -12,8 +12,8 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
+from farm.cardparts import Adapter, Denoiser, Source
 from farm.errors import ModelCardError
-from farm.modelcard import Adapter, Denoiser, Source
 from farm.models.loading import Loader
 from farm.models.qwen import QwenFamily
 from farm.models.zimage import ZImageFamily

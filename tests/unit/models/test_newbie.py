@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from farm.cardparts import Denoiser, Source
 from farm.engine import Engine, Picture
 from farm.errors import ModelCardError
-from farm.modelcard import Denoiser, Source
 from farm.models.device import Part, Streamed
 from farm.models.family import Decoded, open_family
 from farm.models.newbie import NewBieFamily

@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
+from farm.cardparts import Scheduler
 from farm.engine import Engine, Picture
 from farm.errors import ModelCardError, PlacementError
-from farm.modelcard import Scheduler
 from farm.models.pipeline import PipelineFamily
 from farm.plan import ImageSpec
 from tests.drawing import card, numerics, spec

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
+from farm.cardparts import Scheduler
 from farm.errors import ModelCardError
-from farm.modelcard import Scheduler
 from farm.models.qwen import QwenFamily
 from farm.models.schedulers import load_scheduler
 from tests.drawing import card, numerics, spec

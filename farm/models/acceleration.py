@@ -1,0 +1,81 @@
+"""What makes a denoiser quicker at the price of its rounding, or more: compiled blocks, an attention kernel, blocks left out.
+
+Bytes follow from the card and a picture's shape, never from what was drawn before: blocks are compiled while the model
+loads, for any size, over pictures that are always the same, with kernels chosen by rule and not by a race between them. A
+shape that what was compiled does not take, and there should be none, is computed as if nothing had been compiled.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+from diffusers.models import attention_dispatch
+from torch import nn
+
+from farm.cardparts import PLAIN, Acceleration
+from farm.errors import ModelCardError
+
+COMPILER: Mapping[str, Any] = {"backend": "inductor", "options": {"deterministic": True}}
+"""What compiles. Deterministic: kernels are chosen by rule, not by a race on the device, whose winner would decide bytes."""
+GRAPHS = 64
+"""Compiled variants of one block's code that torch keeps: guided or not, with a mask or without, of one picture or several, for
+each of the models that this process has had."""
+
+
+def accelerate(model: str, denoiser: nn.Module, how: Acceleration) -> None:
+    """Prepare a denoiser that is loaded and was not used yet. Raises ModelCardError for what cannot be had here."""
+    _set_attention(model, denoiser, how.attention)
+    if how.first_block_cache is not None:
+        apply_first_block_cache(denoiser, FirstBlockCacheConfig(threshold=how.first_block_cache))
+    if how.compile:
+        _compile(model, denoiser)
+
+
+def forget_blocks(denoiser: nn.Module, how: Acceleration) -> None:
+    """Drop what a first-block cache kept of a batch, also of one that was cancelled: a pipeline does not."""
+    if how.first_block_cache is not None:
+        cached: Any = denoiser
+        cached._reset_stateful_cache()
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Let blocks be compiled within; nothing is compiled elsewhere. One thread at a time."""
+    with torch.compiler.set_stance("default"), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Torchinductor does not support code generation for complex operators"
+        )
+        yield
+
+
+def _compile(model: str, denoiser: nn.Module) -> None:
+    repeated = tuple(getattr(denoiser, "_repeated_blocks", None) or ())
+    blocks = [module for module in denoiser.modules() if type(module).__name__ in repeated]
+    if not blocks:
+        raise ModelCardError(
+            f"model {model}: {type(denoiser).__name__} names no repeated blocks to compile; take compile out of the card"
+        )
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    torch.compiler.set_stance("eager_on_recompile")
+    for block in blocks:
+        block.compile(dynamic=True, **COMPILER)
+
+
+def _set_attention(model: str, denoiser: nn.Module, name: str) -> None:
+    """Set it in the modules: diffusers' own switch is one for the whole process."""
+    backend = attention_dispatch.AttentionBackendName(name)
+    try:
+        attention_dispatch._check_attention_backend_requirements(backend)
+    except RuntimeError as exc:
+        raise ModelCardError(
+            f"model {model}: attention {name} cannot be used here: {exc}; install it, or take another kernel"
+        ) from exc
+    processors = [processor for module in denoiser.modules() if (processor := getattr(module, "processor", None))]
+    found = [processor for processor in processors if hasattr(processor, "_attention_backend")]
+    if not found and name != PLAIN.attention:
+        raise ModelCardError(f"model {model}: {type(denoiser).__name__} has no choice of attention; leave it out")
+    for processor in found:
+        processor._attention_backend = backend
