@@ -10,7 +10,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.names import DISPATCHER, NAMESPACE
 from farm.errors import FarmError, FarmUnavailableError, RendererDiedError, RenderError
-from farm.portion import Allowance, Answer, Entry, Leaving, Placing, PoolView, Portion, Refusal
+from farm.portion import Allowance, Answer, Entry, Leaving, Placing, PoolView, Portion, Refusal, SeatEnd
 from farm.run import JobProgress
 from farm.tally import Snapshot
 
@@ -54,9 +54,9 @@ class RayLink:
                 self._renderers.pop(seat.renderer, None)
         return placing
 
-    async def leave(self, token: str, *, seconds: float, lost: bool = False) -> None:
+    async def leave(self, token: str, *, seconds: float, end: SeatEnd = "done") -> None:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._leavings.append((Leaving(token, seconds, lost), answer))
+        self._leavings.append((Leaving(token, seconds, end), answer))
         self._turn_soon()
         await answer
 

@@ -14,7 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 from actors.logs import log_to_stderr
 from actors.names import DISPATCHER, NAMESPACE
 from farm import __version__
-from farm.devices import local_device, numerics_for
+from farm.devices import gpu_of, local_device, numerics_for
 from farm.errors import FarmUnavailableError
 from farm.lease import Ask, Beat, Completion, GiveBack, Hello, Renewal, Reply
 from farm.ledger import Ledger
@@ -92,11 +92,12 @@ class RendererActor:
         self._settings = settings
         export(settings)
         machine = local_device()
+        own = gpu_of(machine, _gpu())
         self._renderer = Renderer(
             name=name,
             incarnation=f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}",
             device="cuda:0" if self._lock else "cpu",
-            device_name=machine.name,
+            device_name=own.name if own else machine.name,
             cores=cores,
             vram_gib=settings.vram_gib,
             host_gib=settings.host_gib,

@@ -39,7 +39,7 @@ from farm.lease import (
 from farm.ledger import Ledger
 from farm.meters import Meters
 from farm.parking import Parking
-from farm.portion import Allowance, Entry, Leaving, Placing, PoolView, Refusal
+from farm.portion import Allowance, Entry, Leaving, Placing, PoolView, Refusal, SeatEnd
 from farm.run import JobProgress
 from farm.settings import Reserve
 from farm.tally import Snapshot
@@ -229,16 +229,15 @@ class Desk:
         greeting = bool(self._to_greet) and now < self._greets_until
         return self._front.enter(entry, now=now, greeting=greeting, trouble=self._crew.trouble)
 
-    async def leave(self, token: str, *, seconds: float, lost: bool = False) -> None:
-        """Take back a seat, or all of an entry's; `seconds` of device time are charged to their owner. `lost`: its renderer
-        ended, or did not know it."""
+    async def leave(self, token: str, *, seconds: float, end: SeatEnd = "done") -> None:
+        """Take back a seat, or all of an entry's; `seconds` of device time are charged to their owner."""
         await self._ready()
-        self._front.leave(token, seconds=seconds, lost=lost, now=self._now())
+        self._front.leave(token, seconds=seconds, end=end, now=self._now())
 
     async def turn(self, leavings: Sequence[Leaving], entries: Sequence[Entry]) -> tuple[Placing | FarmError, ...]:
         """Take back seats, then answer entries, each for itself: what one of them would raise stands in its answer's place."""
         for one in leavings:
-            await self.leave(one.token, seconds=one.seconds, lost=one.lost)
+            await self.leave(one.token, seconds=one.seconds, end=one.end)
         answers: list[Placing | FarmError] = []
         for entry in entries:
             try:

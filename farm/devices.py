@@ -76,14 +76,28 @@ def local_device() -> DeviceInfo:
     return DeviceInfo("cpu", f"CPU, {cores} cores", (), cores)
 
 
+def gpu_of(device: DeviceInfo, assigned: str | None) -> Gpu | None:
+    """Return the GPU that somebody names by its number on this machine or its UUID; None where it has no such GPU."""
+    if assigned is None:
+        return None
+    if assigned.isdecimal():
+        return device.gpus[int(assigned)] if int(assigned) < len(device.gpus) else None
+    return next((gpu for gpu in device.gpus if gpu.uuid.startswith(assigned)), None)
+
+
 def numerics_for(card: ModelCard, *, device: DeviceInfo, renderers: int) -> Numerics:
-    """Fix how a new plan's pixels are computed. Raises PlacementError where the card is not sound on this device.
+    """Fix how a new plan's pixels are computed. Raises PlacementError where the card is sound on none of these devices.
+
+    Of several GPUs that are not alike it is a dtype that all can do; where there is none, those that cannot refuse the model when
+    their turn comes, and leave it to the others.
 
     CPU renderers share the cores; the count of threads is frozen, since sums split among threads round differently.
     """
     dtypes = card.dtypes.get(device.kind, ())
-    if device.kind == "cuda" and min(gpu.capability for gpu in device.gpus) < BFLOAT16_CAPABILITY:
-        dtypes = tuple(dtype for dtype in dtypes if dtype != "bfloat16")
+    old = [gpu.capability < BFLOAT16_CAPABILITY for gpu in device.gpus]
+    for_all = tuple(dtype for dtype in dtypes if dtype != "bfloat16")
+    if old and (all(old) or (any(old) and for_all)):
+        dtypes = for_all
     if not dtypes:
         raise PlacementError(
             f"model {card.name} cannot be rendered on {device.name}: its sound dtypes are "

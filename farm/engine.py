@@ -6,7 +6,7 @@ bounded cache. One thread owns an engine. Knows nothing of files, stores or rece
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from farm.modelcard import ModelCard
 from farm.models.family import Embedding, Family, Tokens, Within, open_family
 from farm.models.memory import Memory, memory_of
 from farm.plan import ImageSpec, Numerics
+from farm.records import WorkingMemory
 
 CACHE_BYTES = 512 * 2**20
 """Embeddings kept: some 1,000 prompts of Z-Image, a hundred thousand of sketch."""
@@ -155,6 +156,7 @@ class Engine:
         renderers: int | None = None,
         family: Family | None = None,
         cache: "EmbeddingCache | None" = None,
+        measured: WorkingMemory | None = None,
     ):
         self.card = card
         self.numerics = numerics
@@ -163,9 +165,17 @@ class Engine:
         self.parked = False
         self._device = device
         self._vram_gib = vram_gib
-        self._family = family or open_family(card, numerics, device=device, vram_gib=vram_gib, renderers=renderers)
+        self._family = family or open_family(
+            card, numerics, device=device, vram_gib=vram_gib, renderers=renderers, measured=measured
+        )
         self._cache = EmbeddingCache(CACHE_BYTES) if cache is None else cache
         self._inside: Engine | None = None
+
+    def place(self) -> None:
+        """Find out whether it can be loaded, before anything leaves the device for it. Raises NumericsError, ModelCardError,
+        PlacementError."""
+        check_numerics(self.numerics, device=self._device)
+        self._family.place()
 
     def load(self) -> float:
         """Load the model; returns seconds. Raises NumericsError, ModelCardError or PlacementError."""
@@ -217,6 +227,15 @@ class Engine:
     def memory(self) -> Memory:
         """Return what this process holds for the engine's device; from any thread."""
         return memory_of(self._device)
+
+    def watch_memory(self) -> None:
+        """Begin to measure, or anew, what each phase takes on the device beside the weights."""
+        self._family.watch_memory()
+
+    @property
+    def working_bytes(self) -> Mapping[str, int]:
+        """The most that each phase took since `watch_memory`: encode, denoise, decode; empty where that cannot be told."""
+        return self._family.working_bytes
 
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it."""

@@ -14,6 +14,7 @@ from farm.engine import Engine, Weights, weights_of
 from farm.meters import Meters
 from farm.modelcard import ModelCard
 from farm.plan import Numerics
+from farm.records import WorkingMemory
 
 GIB = 2**30
 FREE_SHARE = 0.5
@@ -25,6 +26,7 @@ class Engines:
 
     `load_s`: what loading it took, `loading`: whether a model is being loaded at this moment. `host_gib`: the node's budget for
     models that are not in use, None for half of what is free; `renderers`: how many share it; `free_bytes` measures.
+    `measured`: what is known of a model's working memory on such a device.
 
     A small model on several cores has an engine for each who draws side by side.
     """
@@ -38,6 +40,7 @@ class Engines:
         host_gib: float | None = None,
         renderers: int = 1,
         free_bytes: Callable[[], int] = lambda: host_memory().free_bytes,
+        measured: Callable[[ModelCard, Numerics], WorkingMemory | None] = lambda card, numerics: None,
     ):
         self._device = device
         self._vram_gib = vram_gib
@@ -45,6 +48,7 @@ class Engines:
         self._host_gib = host_gib
         self._renderers = renderers
         self._free_bytes = free_bytes
+        self._measured = measured
         self._beside = device.partition(":")[0] == "cpu"
         self._idle: list[Engine] = []  # loaded, the one not used for longest first; so are the kept ones
         self._kept: list[Engine] = []
@@ -146,8 +150,17 @@ class Engines:
     ) -> Engine:
         """An engine that is not on the device: from host memory where it is kept, else from its files."""
         engine = self._one_of(self._kept, fits)
+        if engine is None:
+            engine = Engine(
+                card,
+                numerics,
+                self._device,
+                self._vram_gib,
+                renderers=self._renderers,
+                measured=self._measured(card, numerics),
+            )
+            engine.place()  # what cannot be loaded makes nobody leave
         self._make_room(displaces=displaces)
-        engine = engine or Engine(card, numerics, self._device, self._vram_gib, renderers=self._renderers)
         self._load(engine)
         self._trim(displaces=displaces)
         return engine

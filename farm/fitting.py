@@ -3,15 +3,16 @@
 Reads headers of weights that are on this machine, and asks no network. Imports no torch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from farm.devices import DeviceInfo, Gpu, HostMemory, default_renderers
 from farm.errors import PlacementError, SettingsError
 from farm.modelcard import ModelCard
-from farm.needs import GIB, files_of, needs_of
+from farm.needs import GIB, files_of, measured_of, needs_of
 from farm.placement import DeviceLimits, Placement, Within, place
 from farm.plan import Numerics
+from farm.records import Profile
 from farm.settings import Settings
 from farm.weights import are_here, locate
 
@@ -69,19 +70,24 @@ def fits(
     device: DeviceInfo,
     settings: Settings,
     host: HostMemory | None,
+    profile: Callable[[str], Profile | None] = lambda device: None,
 ) -> tuple[Fit, ...] | None:
     """Return how a model lies on each kind of device, None where its weights are not on this machine yet.
 
     It is what the engine will do: room for a batch at the card's defaults, and for a decode at its limits.
 
-    `host`: memory of the devices' node, None where nobody knows it. Raises ModelCardError for broken weights.
+    `host`: memory of the devices' node, None where nobody knows it. `profile`: what was measured on a device of that
+    name. Raises ModelCardError for broken weights.
     """
     if not are_here(card, settings=settings):
         return None
     found: dict[DeviceLimits, int] = {}
     for limits in _limits(device, settings, host):
         found[limits] = found.get(limits, 0) + 1
-    return tuple(_fit(card, numerics, limits=limits, count=count, settings=settings) for limits, count in found.items())
+    return tuple(
+        _fit(card, numerics, limits=limits, count=count, settings=settings, profile=profile(limits.name))
+        for limits, count in found.items()
+    )
 
 
 def _limits(device: DeviceInfo, settings: Settings, host: HostMemory | None) -> Iterator[DeviceLimits]:
@@ -102,7 +108,15 @@ def _limits(device: DeviceInfo, settings: Settings, host: HostMemory | None) -> 
         )
 
 
-def _fit(card: ModelCard, numerics: Numerics, *, limits: DeviceLimits, count: int, settings: Settings) -> Fit:
+def _fit(
+    card: ModelCard,
+    numerics: Numerics,
+    *,
+    limits: DeviceLimits,
+    count: int,
+    settings: Settings,
+    profile: Profile | None,
+) -> Fit:
     def placed(card: ModelCard) -> Placement:
         needs = needs_of(
             card,
@@ -111,6 +125,7 @@ def _fit(card: ModelCard, numerics: Numerics, *, limits: DeviceLimits, count: in
             batch=numerics.batch,
             files=files_of(card, settings=settings),
             device=limits.kind,
+            measured=measured_of(profile, card, numerics),
         )
         return place(card.name, needs, dtype=numerics.dtype, device=limits)
 

@@ -18,7 +18,7 @@ from farm.jobwatch import Threads
 from farm.meters import Meters
 from farm.overview import Overview, set_gauges
 from farm.places import Places, Seated
-from farm.portion import SEAT_S, Allowance, Entry, Placing, PoolView, Refusal
+from farm.portion import SEAT_S, Allowance, Entry, Placing, PoolView, Refusal, SeatEnd
 from farm.quota import QuotaDay, Quotas, key_of, read_day
 from farm.reserve import Warmable, check, in_force, reserved, to_warm
 from farm.settings import Reserve
@@ -92,9 +92,9 @@ class FrontDesk:
             self._quotas.take(entry.key, entry.allowance, entry.images, now=now, wall=self._wall())
         return placing
 
-    def leave(self, token: str, *, seconds: float, lost: bool = False, now: float) -> None:
-        """Take a seat back, and charge the device time to its owner. `lost`: its renderer ended, or did not know it."""
-        for seated in self.places.leave(token, seconds=seconds, lost=lost, now=now)[:1]:
+    def leave(self, token: str, *, seconds: float, end: SeatEnd = "done", now: float) -> None:
+        """Take a seat back, and charge the device time to its owner."""
+        for seated in self.places.leave(token, seconds=seconds, end=end, now=now)[:1]:
             self._dispatch.charge(seated.entry.owner, max(seconds, 0.0))
 
     def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot, *, now: float) -> None:

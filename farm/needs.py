@@ -14,12 +14,14 @@ from typing import Any
 from farm.cardparts import PLAIN
 from farm.errors import ModelCardError
 from farm.modelcard import ModelCard, RenderParams
-from farm.placement import Needs
+from farm.placement import ENCODE_GIB, Needs
+from farm.plan import Numerics, drawing_identity
+from farm.records import Profile, WorkingMemory
 from farm.settings import Settings
 from farm.tensorfiles import TensorHead, read_heads
 from farm.weights import locate_file, locate_source
 
-GIB = 2**30
+GIB, MEGAPIXEL = 2**30, 2**20
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DECODE_PIXELS = 2**20
 """Pictures are decoded in slices of at most so many pixels, at least one picture: decoding needs the most memory."""
@@ -105,36 +107,37 @@ def needs_of(
     params: RenderParams | None = None,
     files: Mapping[str, Path] | None = None,
     device: str = "cuda",
+    measured: WorkingMemory | None = None,
 ) -> Needs:
     """Return what a card's model needs. Raises ModelCardError for files that are missing, cut off or of another kind.
 
     `folder`: the model's. `files`: where the card's own `denoiser` (a file) and `decoder` (a folder) lie, and each adapter's
     file by `adapter:NAME`. Without `params` a decode is counted at the card's limits, and so is a step of several pictures, with
     guidance; a step of one at the card's defaults: an engine is loaded before it sees a plan's sizes. `device`: on a CPU nothing
-    is quantised.
+    is quantised. `measured`: working sets in place of the estimates.
     """
     quantise = card.quantise if device != "cpu" else {}
     parts = _parts(card, folder, files or {}, dtype=dtype, quantise=quantise)
     accelerated = card.acceleration.get("cpu" if device == "cpu" else "cuda", PLAIN)
     whole_blocks = accelerated.compile or accelerated.first_block_cache is not None  # they do not come and go
     gguf = card.denoiser is not None and card.denoiser.format == "gguf"
-    working = WORKING_SETS[card.family]
     drawn = params or card.defaults
     limit = min(card.limits.max_pixels, card.limits.max_px**2)
     at_most = params is None and batch > 1
     pixels = limit if at_most else drawn.width * drawn.height
-    forwards = 2 if working.joined and (at_most or drawn.guidance_scale > 0) else 1
-    scale = ITEM_BYTES[dtype] / 2 / 2**20
-    extra_gib = GGUF_STEP_GIB if gguf else 0.0
-    largest_decode_gib = working.decode * max(DECODE_PIXELS, limit) * scale
-    decode_gib = working.decode * max(pixels, min(DECODE_PIXELS, pixels * batch)) * scale
+    guided = at_most or drawn.guidance_scale > 0
+    working = measured or _estimated(card, dtype)
+    largest_decode_gib = working.decode_gib * max(DECODE_PIXELS, limit) / MEGAPIXEL
+    decode_gib = working.decode_gib * decoded_together(pixels, batch) / MEGAPIXEL
+    gguf_gib = GGUF_STEP_GIB if gguf and measured is None else 0.0
     return Needs(
         encoder_gib=_gib(parts["encoder"]),
         denoiser_gib=_gib(parts["denoiser"]),
         decoder_gib=_gib(parts["decoder"]),
-        step_gib=working.step * pixels * batch * forwards * scale + extra_gib,
+        encode_gib=working.encode_gib,
+        step_gib=working.step_gib * denoised_together(card, pixels, batch, guided=guided) / MEGAPIXEL + gguf_gib,
         decode_gib=decode_gib if params else largest_decode_gib,
-        inner_step_gib=working.step * limit * forwards * scale + extra_gib,
+        inner_step_gib=working.step_gib * denoised_together(card, limit, 1, guided=guided) / MEGAPIXEL + gguf_gib,
         inner_decode_gib=largest_decode_gib,
         encoder_streamed_gib=None if "encoder" in quantise else _streamed_gib(parts["encoder"]),
         denoiser_streamed_gib=None if whole_blocks or "denoiser" in quantise else _streamed_gib(parts["denoiser"]),
@@ -142,9 +145,33 @@ def needs_of(
         encoder_on_cpu=card.options.get("encoder_on") == "cpu",
         batch=batch,
         pixels=pixels,
+        measured=measured is not None,
         denoiser_q4_gib=None
         if gguf or "denoiser" in quantise
         else sum(tensor.elements for tensor in parts["denoiser"]) * Q4_BITS / 8 / GIB,
+    )
+
+
+def denoised_together(card: ModelCard, pixels: int, batch: int, *, guided: bool) -> int:
+    """Return how many pixels go through the denoiser together, which is what a step's memory grows with."""
+    return pixels * batch * (2 if guided and WORKING_SETS[card.family].joined else 1)
+
+
+def decoded_together(pixels: int, batch: int) -> int:
+    """Return how many pixels of a batch are decoded together, pictures of `pixels` each."""
+    return max(pixels, min(DECODE_PIXELS, pixels * batch))
+
+
+def measured_of(profile: Profile | None, card: ModelCard, numerics: Numerics) -> WorkingMemory | None:
+    """Return what `farm bench` measured of exactly this model, dtype and versions, where it did."""
+    working = profile.stages.working if profile is not None and profile.stages is not None else None
+    return working if working is not None and working.identity == drawing_identity(card, numerics) else None
+
+
+def _estimated(card: ModelCard, dtype: str) -> WorkingMemory:
+    known, scale = WORKING_SETS[card.family], ITEM_BYTES[dtype] / ITEM_BYTES["bfloat16"]
+    return WorkingMemory(
+        encode_gib=ENCODE_GIB, step_gib=known.step * scale, decode_gib=known.decode * scale, identity=""
     )
 
 

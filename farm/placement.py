@@ -80,7 +80,8 @@ class Needs:
     `inner_step_gib`, `inner_decode_gib`: of an urgent image within a step. `encoder_streamed_gib`, `denoiser_streamed_gib`: what
     of a part is on the device at once where it comes block by block, None where it cannot. `encoder_on_cpu`: the card has
     prompts encoded in main memory. `cut_in`: another picture may be drawn between two steps of one. `pixels`: of one picture of
-    the batch. `denoiser_q4_gib`: the denoiser's size as Q4_K_M, None where it is quantised.
+    the batch. `denoiser_q4_gib`: the denoiser's size as Q4_K_M, None where it is quantised. `measured`: working
+    sets are, by `farm bench` on such a device.
     """
 
     encoder_gib: float
@@ -98,6 +99,7 @@ class Needs:
     batch: int = 1
     pixels: int | None = None
     denoiser_q4_gib: float | None = None
+    measured: bool = False
 
     @property
     def weights_gib(self) -> float:
@@ -244,7 +246,8 @@ def _layout(
     """`inner_gib`: what is on the device while an urgent image is drawn within a step, None where none can be."""
     reserves = n.cut_in and inner_gib is not None and inner_gib <= usable - SLACK_GIB
     peak_gib = max(peak_gib, inner_gib) if inner_gib is not None and reserves else peak_gib
-    reason = f"{what}, decode {n.decode_gib:.1f} GiB, batch {n.batch}, {peak_gib:.1f} of {usable:.1f} GiB"
+    how = " as measured" if n.measured else ""
+    reason = f"{what}, decode {n.decode_gib:.1f} GiB, batch {n.batch}, {peak_gib:.1f} of {usable:.1f} GiB{how}"
     encode, denoise, decode = stages
     return Placement(layout, encode, denoise, decode, peak_gib, reason, streamed, on_cpu, reserves)
 

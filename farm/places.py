@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from farm.errors import RequestError
-from farm.portion import SEAT_S, Entry, Placing, Refusal, Seat
+from farm.portion import SEAT_S, Entry, Placing, Refusal, Seat, SeatEnd
 
 UNKNOWN_STEP_S = 0.5
 """What a denoising step is taken to take before one of the model was measured."""
@@ -25,6 +25,8 @@ ENTRIES_KEPT = 20_000
 """With so many of them kept, what is left and not known is not remembered."""
 RETRY_S = 1.0
 """The shortest time after which asking again is worth while."""
+UNFIT_S = 300.0
+"""For how long images of a model are kept from a renderer whose device it does not fit; a card may change meanwhile."""
 DOUBT_S = 5.0
 """For how long images that lost their renderer are kept from one that lost a seat."""
 RENDERER_START_S = 15.0
@@ -74,6 +76,7 @@ class Places:
         self._of: dict[str, set[str]] = {}
         self._doubted_at: dict[str, float] = {}
         self._step_s: dict[str, float] = {}
+        self._unfit_at: dict[tuple[str, str, str], float] = {}
 
     # Coming and going
 
@@ -100,6 +103,7 @@ class Places:
             )
         if not places:
             return Placing(refusal=Refusal("no_renderer", "no renderer is there to draw it", RENDERER_START_S))
+        places = [one for one in places if not self._is_unfit(one, entry.model, now)] or places
         if entry.again:
             places = [one for one in places if now - self._doubted_at.get(one.renderer, -DOUBT_S) >= DOUBT_S] or places
         waits = {place.renderer: self.backlog_s(place.renderer) for place in places}
@@ -119,16 +123,19 @@ class Places:
         self._answers[entry.token] = _Answered(placing, {seat.token for seat in seats})
         return placing
 
-    def leave(self, token: str, *, seconds: float, lost: bool = False, now: float) -> tuple[Seated, ...]:
+    def leave(self, token: str, *, seconds: float, end: SeatEnd = "done", now: float) -> tuple[Seated, ...]:
         """Give a seat back, or all of an entry's; returns what was given back.
 
-        `seconds`: measured on the device. `lost`: its renderer ended, or did not know it. What is not known may be an entry
-        that was given up while the dispatcher was away, and whose question is still on its way here.
+        `seconds`: measured on the device. What is not known may be an entry that was given up while the dispatcher was away, and
+        whose question is still on its way here.
         """
         left = [seated for one in self._tokens(token) if (seated := self._take(one, now)) is not None]
         for seated in left:
-            if lost:
-                self._doubted_at[seated.seat.renderer] = now
+            seat = seated.seat
+            if end == "lost":
+                self._doubted_at[seat.renderer] = now
+            elif end == "unfit":
+                self._unfit_at[seat.renderer, seat.incarnation, seated.entry.model] = now
             elif seconds > 0 and len(left) == 1:
                 self._measured(seated, seconds)
         if not left and token not in self._answers and len(self._left) < ENTRIES_KEPT:
@@ -158,6 +165,8 @@ class Places:
 
     def lost(self, renderer: str, *, incarnation: str | None = None, now: float) -> tuple[Seated, ...]:
         """End a renderer's seats, its process being gone; with `incarnation` only those of others of its processes."""
+        for known in [key for key in self._unfit_at if key[0] == renderer and key[1] != incarnation]:
+            del self._unfit_at[known]
         tokens = [
             token
             for token in self._of.get(renderer, ())
@@ -210,6 +219,11 @@ class Places:
         return place.load_s == 0 or any(
             self._seats[token].entry.model == model for token in self._of.get(place.renderer, ())
         )
+
+    def _is_unfit(self, place: Place, model: str, now: float) -> bool:
+        """Whether a model did not fit this very process's device lately."""
+        found = self._unfit_at.get((place.renderer, place.incarnation, model))
+        return found is not None and now - found < UNFIT_S
 
     def _put(self, seated: Seated) -> None:
         seat = seated.seat

@@ -324,6 +324,13 @@ def _other_weights(card: ModelCard) -> dict[str, Any]:
     }
 
 
+def drawing_identity(card: ModelCard, numerics: Numerics) -> str:
+    """Return a digest of what is computed with, whatever is drawn: the model, dtype and versions. The batch may differ."""
+    return canonical_digest(
+        {"card": card_identity(card), "numerics": numerics.model_dump(exclude={"batch", "threads"})}
+    )
+
+
 def canonical_digest(value: Any) -> str:
     """Return the sha256 of a JSON value with sorted keys and no blanks."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)

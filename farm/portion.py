@@ -120,14 +120,17 @@ class Answer:
     engine_s: float
 
 
+SeatEnd = Literal["done", "lost", "unfit"]
+"""How a seat ended: drawn or given up; its renderer ended, or did not know it; the model does not fit its renderer's device."""
+
+
 @dataclass(frozen=True, slots=True)
 class Leaving:
-    """A seat, or all of an entry's, given back. `seconds`: device time for its owner's account. `lost`: its renderer ended, or
-    did not know it."""
+    """A seat, or all of an entry's, given back. `seconds`: device time for its owner's account."""
 
     token: str
     seconds: float
-    lost: bool = False
+    end: SeatEnd = "done"
 
 
 RendererState = Literal["starting", "idle", "rendering", "loading", "draining", "drained"]

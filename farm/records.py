@@ -140,6 +140,17 @@ class ShapeSpeed(BaseModel):
         return self.width * self.height
 
 
+class WorkingMemory(BaseModel):
+    """What drawing took on a GPU beside the weights, GiB, at most: tensors, not what torch's allocator keeps in hand."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    encode_gib: float = Field(ge=0, description="a prompt")
+    step_gib: float = Field(gt=0, description="a step, for 2**20 pixels that go through the denoiser together")
+    decode_gib: float = Field(gt=0, description="2**20 pixels that are decoded together")
+    identity: str = Field(description="digest of what was measured: model, dtype, versions")
+
+
 class Stages(BaseModel):
     """What `farm bench` measured of a model on one kind of device, by stage."""
 
@@ -157,6 +168,7 @@ class Stages(BaseModel):
     dtype: str
     quantise: dict[str, str] = Field(default={}, description="part -> how it was quantised")
     versions: dict[str, str]
+    working: WorkingMemory | None = Field(default=None, description="None on a CPU, whose memory is nobody's alone")
     measured_at: str = Field(description="ISO 8601, UTC")
 
     def seconds_of(self, params: RenderParams) -> float:

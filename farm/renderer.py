@@ -28,6 +28,7 @@ from farm.errors import (
     FarmUnavailableError,
     RecordError,
     RendererDiedError,
+    StoreError,
 )
 from farm.export import finalise
 from farm.gpu import DeviceMeter
@@ -35,8 +36,10 @@ from farm.lease import RENEW_S, Ask, Beat, Completion, GiveBack, Hello, Lease, R
 from farm.ledger import Ledger
 from farm.meters import Meters
 from farm.modelcard import ModelCard
+from farm.needs import measured_of
 from farm.plan import Numerics, Plan
 from farm.portion import Answer, Portion
+from farm.records import WorkingMemory
 from farm.shard import ShardRunner
 from farm.tally import Snapshot
 from farm.task import Task
@@ -139,7 +142,9 @@ class Renderer:
         self._cores = Cores(cores, changed=changed, urgent=self._urgent.may_cut_in)
         self._device_meter = DeviceMeter(name, self._meters, idle_s=self._cores.idle_s, gpu=gpu)
         beside = renderers_on(machine, cores, most=renderers) if machine else 1
-        self._engines = Engines(device, vram_gib, meters=self._meters, host_gib=host_gib, renderers=beside)
+        self._engines = Engines(
+            device, vram_gib, meters=self._meters, host_gib=host_gib, renderers=beside, measured=self._measured
+        )
         self._cutin = CutIn(
             renderer=name,
             device=device_name,
@@ -445,6 +450,14 @@ class Renderer:
         except Exception:
             # The dispatcher's own trouble, which is no reason to give up the shard.
             log.exception("the dispatcher failed on an announcement", extra={"renderer": self.name})
+
+    def _measured(self, card: ModelCard, numerics: Numerics) -> WorkingMemory | None:
+        """What `farm bench` measured of a model on such a device; a store that is away is waited for by nobody."""
+        try:
+            return measured_of(self._ledger.profile(card.name, self._device_name), card, numerics)
+        except StoreError as exc:
+            log.warning("profile not read, memory is estimated", extra={"model": card.name, "reason": exc.message})
+            return None
 
     def _runner(self, lease: Lease) -> ShardRunner:
         """The runner of a lease's plan; the last few are kept, with the prompts that they have read."""

@@ -95,9 +95,14 @@ class FakeFamily:
         self.denoised: list[tuple[int, ...]] = []
         self.recovered = 0
         self.loaded = False
+        self.takes: dict[str, int] = {}
+        self.working_bytes: dict[str, int] = {}
 
     def inside(self) -> "FakeFamily":
         return self
+
+    def place(self) -> None:
+        pass
 
     def load(self) -> None:
         self.loaded = True
@@ -150,6 +155,9 @@ class FakeFamily:
             drawn = np.random.default_rng(image.seed).integers(0, 256, shape, dtype=np.uint8)
             pictures.append(np.zeros(shape, np.uint8) if image.prompt == "black" else drawn)
         return Decoded(tuple(pictures), tuple(image.prompt != "nan" for image in latents))
+
+    def watch_memory(self) -> None:
+        self.working_bytes = dict(self.takes)
 
     def synchronize(self) -> None:
         pass

@@ -5,7 +5,7 @@ import math
 import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 GIB = 2**30
@@ -95,7 +95,8 @@ class ColdStart:
 class Point:
     """Pictures of one shape and batch, drawn as a job draws them: batch after batch, the first one dropped.
 
-    `encode_s`: a prompt; `step_s`, `decode_s` and `seconds_per_image`: an image. `failed`: why there are no figures.
+    `encode_s`: a prompt; `step_s`, `decode_s` and `seconds_per_image`: an image. `working_gib`: what each phase took on a GPU
+    beside the weights. `failed`: why there are no figures.
     """
 
     part: Part
@@ -110,6 +111,7 @@ class Point:
     decode_s: float = 0.0
     seconds_per_image: float = 0.0
     peak_gib: float = 0.0
+    working_gib: Mapping[str, float] = field(default_factory=dict)
     failed: str | None = None
 
 

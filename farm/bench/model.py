@@ -232,6 +232,7 @@ class _Bench:
         shape = Point(part, params.width, params.height, params.num_inference_steps, params.guidance_scale, batch=size)
         began = self._now()
         failed, drawn, encode_s = None, list[Drawn](), None
+        engine.watch_memory()
         try:
             specs = [_spec(index, wish.prompts[0], wish.seed, params) for index in range(POINT_BATCHES * size)]
             singles = engine.batches(specs, most=1)
@@ -264,6 +265,7 @@ class _Bench:
             decode_s=statistics.median(one.decode_s / size for one in warm),
             seconds_per_image=statistics.median(one.seconds / size for one in warm),
             peak_gib=peak_between(self._watch.taken(), began, self._now()) / GIB,
+            working_gib={phase: taken / GIB for phase, taken in engine.working_bytes.items()},
         )
 
     def _draw(

@@ -1,13 +1,14 @@
 """A benchmark of a model as a record and as a page: tables, how it was measured, on what. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from farm.bench.figures import Drawn, Measured, Point, Spread, spread_of, thinned
 from farm.modelcard import ModelCard
-from farm.plan import Numerics, card_identity
-from farm.records import Profile, ShapeSpeed, Stages
+from farm.needs import MEGAPIXEL, decoded_together, denoised_together
+from farm.plan import Numerics, card_identity, drawing_identity
+from farm.records import Profile, ShapeSpeed, Stages, WorkingMemory
 
 SAMPLES_KEPT = 2000
 WARM = (("whole picture", "seconds"), ("encode", "encode_s"), ("denoise", "denoise_s"), ("decode", "decode_s"))
@@ -64,8 +65,29 @@ def profile_of(setup: Setup, measured: Measured) -> Profile:
             dtype=setup.numerics.dtype,
             quantise=_quantised(setup),
             versions=setup.numerics.versions,
+            working=_working(setup, measured),
             measured_at=setup.measured_at,
         ),
+    )
+
+
+def _working(setup: Setup, measured: Measured) -> WorkingMemory | None:
+    """The most of all shapes, each by the pixels that it had on the device together; None where nothing was measured."""
+    card = setup.card
+    points = [point for point in (measured.job, *measured.points) if {"denoise", "decode"} <= point.working_gib.keys()]
+    if not points:
+        return None
+    steps, decodes = [], []
+    for point in points:
+        pixels, guided = point.width * point.height, point.guidance_scale > 0
+        together = denoised_together(card, pixels, point.batch, guided=guided)
+        steps.append(point.working_gib["denoise"] * MEGAPIXEL / together)
+        decodes.append(point.working_gib["decode"] * MEGAPIXEL / decoded_together(pixels, point.batch))
+    return WorkingMemory(
+        encode_gib=max(point.working_gib.get("encode", 0.0) for point in points),
+        step_gib=max(steps),
+        decode_gib=max(decodes),
+        identity=drawing_identity(card, setup.numerics),
     )
 
 
@@ -128,6 +150,7 @@ def report(setup: Setup, measured: Measured) -> str:
         f"{_gib(measured.before_gib)} GiB were held before the model was loaded. Swept sizes and batches have peaks of "
         "their own.",
         memory_table(measured),
+        *_beside_weights(job),
         "![Memory over time](memory.svg)",
     ]
     if by_steps := measured.by_steps():
@@ -172,6 +195,12 @@ def memory_table(measured: Measured) -> str:
     """Markdown."""
     lines = ["| phase | peak, GiB |", "|---|---|"]
     return "\n".join([*lines, *(f"| {phase} | {_gib(gib)} |" for phase, gib in measured.peak_gib.items())])
+
+
+def _beside_weights(job: Point) -> Iterator[str]:
+    if job.working_gib:
+        taken = ", ".join(f"{phase} {_gib(gib)} GiB" for phase, gib in job.working_gib.items())
+        yield f"Beside the weights, in batches of {job.batch}: {taken}. Placement goes by this on such a device."
 
 
 def steps_table(by_steps: Mapping[int, Sequence[Drawn]]) -> str:

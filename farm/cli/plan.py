@@ -19,6 +19,7 @@ from farm.errors import SettingsError
 if TYPE_CHECKING:
     from farm.devices import DeviceInfo
     from farm.fitting import Fit
+    from farm.ledger import Ledger
     from farm.outlook import Outlook
     from farm.settings import Settings
     from farm.submission import Draft, Request
@@ -65,8 +66,9 @@ def plan(
     settings = options.settings(renderers=renderers, vram_gib=vram)
     pool = asked_device(device or (), vram_gib=vram, here=local_device())
     request = read_request(manifest, settings, device=pool)
-    placements = _placements(request, settings, pool=pool, elsewhere=bool(device))
-    found = draft(request, options.open_ledger(settings), now=now_iso())
+    ledger = options.open_ledger(settings)
+    placements = _placements(request, settings, ledger, pool=pool, elsewhere=bool(device))
+    found = draft(request, ledger, now=now_iso())
     warn(found.warnings)
     if options.json:
         print_json(_record(request, found) | {"placements": _placement_records(placements)})
@@ -76,7 +78,7 @@ def plan(
 
 
 def _placements(
-    request: "Request", settings: "Settings", *, pool: "DeviceInfo", elsewhere: bool
+    request: "Request", settings: "Settings", ledger: "Ledger", *, pool: "DeviceInfo", elsewhere: bool
 ) -> "tuple[Fit, ...] | None":
     """How the model lies on each device; empty for a family without weights, None where those are not here yet."""
     from farm.devices import host_memory
@@ -85,7 +87,14 @@ def _placements(
     if request.card.family == "sleep":
         return ()
     host = None if elsewhere else host_memory()
-    return fits(request.card, request.numerics, device=pool, settings=settings, host=host)
+    return fits(
+        request.card,
+        request.numerics,
+        device=pool,
+        settings=settings,
+        host=host,
+        profile=lambda name: ledger.profile(request.card.name, name),
+    )
 
 
 def _show(request: "Request", found: "Draft", placements: "tuple[Fit, ...] | None") -> None:

@@ -28,7 +28,8 @@ goes on. After all others every call fails until the process ends."""
 class Device:
     """A torch device by name: cpu, cuda:N, or cuda, which is the one that torch uses by default.
 
-    `renderers`: how many share the node's memory; one for each of its GPUs where nobody says.
+    `renderers`: how many share the node's memory; one for each of its GPUs where nobody says. `working`: bytes that each phase
+    took at most, measured where it is a dict.
     """
 
     def __init__(self, name: str, *, vram_gib: float, renderers: int | None = None):
@@ -36,6 +37,7 @@ class Device:
         self.is_cuda = self.torch.type == "cuda"
         self._vram_gib = vram_gib
         self._renderers = renderers
+        self.working: dict[str, int] | None = None
         if self.is_cuda and not torch.cuda.is_available():
             raise NumericsError(
                 f"device {name} was asked for and torch {torch.__version__} finds no CUDA; install a CUDA build of "
@@ -73,6 +75,20 @@ class Device:
         if self.is_cuda:
             with self.errors("finish its work"):
                 torch.cuda.synchronize(self.torch)
+
+    @contextmanager
+    def watching(self, phase: str) -> Iterator[None]:
+        """Measure what is allocated within beside what was there before; torch's peaks begin anew."""
+        if self.working is None or not self.is_cuda:
+            yield
+            return
+        before = torch.cuda.memory_allocated(self.torch)
+        torch.cuda.reset_peak_memory_stats(self.torch)
+        try:
+            yield
+        finally:
+            taken = torch.cuda.max_memory_allocated(self.torch) - before
+            self.working[phase] = max(taken, self.working.get(phase, 0))
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """Have a copy in host memory once the device is synchronised; the host goes on meanwhile."""

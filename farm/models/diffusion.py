@@ -7,7 +7,7 @@ float rounding alone.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from farm.models.loading import Loader
 from farm.needs import DECODE_PIXELS, files_of, needs_of
 from farm.placement import Placement, place
 from farm.plan import ImageSpec, Numerics
+from farm.records import WorkingMemory
 from farm.weights import locate
 
 CPU = torch.device("cpu")
@@ -50,7 +51,14 @@ class DiffusionFamily(ABC):
     """The base of a family: what does not depend on the model. A family writes the methods from `_load_modules` on."""
 
     def __init__(
-        self, card: ModelCard, numerics: Numerics, *, device: str, vram_gib: float, renderers: int | None = None
+        self,
+        card: ModelCard,
+        numerics: Numerics,
+        *,
+        device: str,
+        vram_gib: float,
+        renderers: int | None = None,
+        measured: WorkingMemory | None = None,
     ):
         self._card = card
         self._numerics = numerics
@@ -58,6 +66,7 @@ class DiffusionFamily(ABC):
         self._device = Device(device, vram_gib=vram_gib, renderers=renderers)
         self._parts: dict[str, Part | Streamed] = {}
         self._loaded = False
+        self._measured = measured
         self._acceleration = card.acceleration.get(numerics.device, PLAIN)
         self.placement: Placement | None = None
         self.encodes_ahead = False
@@ -77,12 +86,33 @@ class DiffusionFamily(ABC):
             self.unload()
             raise
 
-    def _load(self) -> None:
+    def place(self) -> None:
+        """Find the weights, fetch them where they are not here, and decide where they will lie; nothing is on the device yet.
+
+        Raises PlacementError for what cannot fit, ModelCardError for weights that are missing.
+        """
         card, numerics = self._card, self._numerics
-        folder, files = locate(card), files_of(card)
         limits = self._device.limits()
-        needs = needs_of(card, folder, dtype=numerics.dtype, batch=numerics.batch, files=files, device=limits.kind)
-        placement = self.placement = place(card.name, needs, dtype=numerics.dtype, device=limits)
+        folder, files = locate(card), files_of(card)
+        needs = needs_of(
+            card,
+            folder,
+            dtype=numerics.dtype,
+            batch=numerics.batch,
+            files=files,
+            device=limits.kind,
+            measured=self._measured,
+        )
+        self._where = folder, files
+        self.placement = place(card.name, needs, dtype=numerics.dtype, device=limits)
+
+    def _load(self) -> None:
+        card = self._card
+        if self.placement is None:
+            self.place()
+        placement = self.placement
+        assert placement is not None
+        folder, files = self._where
         self._device.hold_to_budget()
         with self._device.errors(f"load model {card.name}"):
             self._loader = Loader(card, folder, files, self._dtype, self._device.torch)
@@ -206,8 +236,17 @@ class DiffusionFamily(ABC):
                 for name in names:
                     self._parts[name].move(self._device.torch)
             # Weights are moved outside: a tensor made in inference mode cannot become a parameter's data.
-            with torch.inference_mode():
+            with torch.inference_mode(), self._device.watching(phase):
                 yield
+
+    def watch_memory(self) -> None:
+        """Begin to measure, or anew, what each phase takes on a GPU beside the weights."""
+        self._device.working = {}
+
+    @property
+    def working_bytes(self) -> Mapping[str, int]:
+        """The most that each phase took since `watch_memory`; empty on a CPU."""
+        return self._device.working or {}
 
     def _set_threads(self) -> None:
         """Torch counts its CPU threads for each calling thread by itself, and shards take turns in several."""

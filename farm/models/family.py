@@ -4,14 +4,18 @@ A family turns prompts into embeddings, embeddings and noise into latents, laten
 jobs, files or threads; the engine calls it from one thread. Imports no torch, so that a family without it stays light.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from farm.modelcard import ModelCard, RenderParams
 from farm.plan import ImageSpec, Numerics
+from farm.records import WorkingMemory
+
+if TYPE_CHECKING:
+    from farm.models.diffusion import DiffusionFamily
 
 StepCallback = Callable[[int, int], None]
 """Called as (steps done, steps) after each step; what it raises ends the render and leaves the family clean."""
@@ -62,6 +66,12 @@ class Family(Protocol):
         One level deep; it is done with when this one unloads.
         """
 
+    def place(self) -> None:
+        """Find the weights, fetch them where they are not here, and decide where they will lie; nothing is on the device yet.
+
+        Raises PlacementError for what cannot fit, ModelCardError for weights that are missing.
+        """
+
     def load(self) -> None:
         """Place and load; after `park` only copy. Raises ModelCardError for missing or broken weights, PlacementError for what
         cannot fit."""
@@ -105,6 +115,13 @@ class Family(Protocol):
     def decode(self, latents: Any, spec: ImageSpec) -> Decoded:
         """Turn the latents of a batch, all of the shape of `spec`, into pixels."""
 
+    def watch_memory(self) -> None:
+        """Begin to measure, or anew, what each phase takes on the device beside the weights."""
+
+    @property
+    def working_bytes(self) -> Mapping[str, int]:
+        """The most that each phase took since `watch_memory`: encode, denoise, decode; empty where that cannot be told."""
+
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it."""
 
@@ -113,28 +130,41 @@ class Family(Protocol):
 
 
 def open_family(
-    card: ModelCard, numerics: Numerics, *, device: str, vram_gib: float, renderers: int | None = None
+    card: ModelCard,
+    numerics: Numerics,
+    *,
+    device: str,
+    vram_gib: float,
+    renderers: int | None = None,
+    measured: WorkingMemory | None = None,
 ) -> Family:
     """Return the family of a card, nothing loaded yet. `device` is torch's name of it: cpu, cuda or cuda:N.
 
-    `renderers`: how many share the node's memory; one for each of its GPUs where nobody says.
+    `renderers`: how many share the node's memory; one for each of its GPUs where nobody says. `measured`: what drawing takes on
+    such a device, estimated where nobody measured it.
     """
     if card.family == "sleep":
         from farm.models.sleep import SleepFamily
 
         return SleepFamily()
-    if card.family == "qwen-image":
+    kind = _class_of(card.family)
+    return kind(card, numerics, device=device, vram_gib=vram_gib, renderers=renderers, measured=measured)
+
+
+def _class_of(family: str) -> "type[DiffusionFamily]":
+    """Torch and diffusers come with it."""
+    if family == "qwen-image":
         from farm.models.qwen import QwenFamily
 
-        return QwenFamily(card, numerics, device=device, vram_gib=vram_gib, renderers=renderers)
-    if card.family == "newbie":
+        return QwenFamily
+    if family == "newbie":
         from farm.models.newbie import NewBieFamily
 
-        return NewBieFamily(card, numerics, device=device, vram_gib=vram_gib, renderers=renderers)
-    if card.family == "diffusers":
+        return NewBieFamily
+    if family == "diffusers":
         from farm.models.pipeline import PipelineFamily
 
-        return PipelineFamily(card, numerics, device=device, vram_gib=vram_gib, renderers=renderers)
+        return PipelineFamily
     from farm.models.zimage import ZImageFamily
 
-    return ZImageFamily(card, numerics, device=device, vram_gib=vram_gib, renderers=renderers)
+    return ZImageFamily

@@ -5,7 +5,8 @@ those of the noise it returns. Each picture follows from its seed alone. Imports
 """
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -28,6 +29,9 @@ class SleepFamily:
     def inside(self) -> "SleepFamily":
         """Sleep keeps nothing between two calls."""
         return self
+
+    def place(self) -> None:
+        """Nothing to place."""
 
     def load(self) -> None:
         """Nothing to load."""
@@ -85,6 +89,11 @@ class SleepFamily:
     def decode(self, latents: tuple[np.ndarray, ...], spec: ImageSpec) -> Decoded:
         """Return the noise as it is."""
         return Decoded(latents, (True,) * len(latents))
+
+    def watch_memory(self) -> None:
+        """Nothing to measure."""
+
+    working_bytes: Mapping[str, int] = MappingProxyType({})
 
     def synchronize(self) -> None:
         """Sleeping is done when it is done."""

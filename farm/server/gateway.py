@@ -11,11 +11,18 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from farm.errors import BusyError, CancelledError, FarmUnavailableError, LimitedError, RendererDiedError
+from farm.errors import (
+    BusyError,
+    CancelledError,
+    FarmUnavailableError,
+    LimitedError,
+    PlacementError,
+    RendererDiedError,
+)
 from farm.manifest import Output
 from farm.meters import Meters
 from farm.plan import ImageSpec
-from farm.portion import HOLD_S, Allowance, Answer, Drawn, Entry, Placing, Portion, Refusal, Seat
+from farm.portion import HOLD_S, Allowance, Answer, Drawn, Entry, Placing, Portion, Refusal, Seat, SeatEnd
 from farm.server.cards import Ready
 from farm.server.link import FarmLink
 
@@ -73,29 +80,38 @@ class Gateway:
         """Have an errand's images drawn, in the order of its specs; one that could not be is told with its error code.
 
         Raises LimitedError and BusyError with `retry_after_s` when no seat is given, FarmUnavailableError when the farm
-        stays away, RendererDiedError when every renderer that tried ended, and what loading the model raises.
+        stays away, RendererDiedError when every renderer that tried ended, PlacementError when the model fits none of their
+        devices, and what loading the model raises.
         """
         results: dict[int, Result] = {}
         left = errand.specs
-        for attempt in range(TRIES):
+        deaths, unfit = 0, set[str]()
+        while True:
             lost: list[ImageSpec] = []
-            placing = await self._enter(errand, left, again=attempt > 0)
+            died: RendererDiedError | None = None
+            placing = await self._enter(errand, left, again=bool(deaths or unfit))
             portions = _cut(left, placing.seats)
             if len(portions) == 1:
                 answers = [await self._draw(*portions[0], errand)]
             else:
                 answers = await _all(self._draw(seat, specs, errand) for seat, specs in portions)
             for (seat, specs), answer in zip(portions, answers, strict=True):
+                if isinstance(answer, Answer):
+                    results |= {one.index: Result(one, seat.renderer, answer.device) for one in answer.images}
+                    continue
+                lost.extend(specs)
                 if isinstance(answer, RendererDiedError):
                     died = answer
-                    lost.extend(specs)
-                    continue
-                for drawn in answer.images:
-                    results[drawn.index] = Result(drawn, seat.renderer, answer.device)
+                elif seat.renderer in unfit:
+                    raise answer  # those that it may fit are asked before, so it fits none
+                else:
+                    unfit.add(seat.renderer)
             if not lost:
                 return [results[spec.index] for spec in errand.specs]
             left = tuple(lost)
-        raise RendererDiedError(f"{TRIES} renderers ended while they drew this: {died.message}")
+            deaths += died is not None
+            if died is not None and deaths == TRIES:
+                raise RendererDiedError(f"{TRIES} renderers ended while they drew this: {died.message}")
 
     async def hold(self) -> None:
         """Show life for as long as this gateway lives."""
@@ -144,7 +160,10 @@ class Gateway:
             raise FarmUnavailableError(placing.refusal.message)  # one that starts, or starts again, is waited for
         return placing
 
-    async def _draw(self, seat: Seat, specs: tuple[ImageSpec, ...], errand: Errand) -> Answer | RendererDiedError:
+    async def _draw(
+        self, seat: Seat, specs: tuple[ImageSpec, ...], errand: Errand
+    ) -> Answer | RendererDiedError | PlacementError:
+        """Have one portion drawn; what another renderer may do better is returned and not raised."""
         ready = errand.ready
         portion = Portion(
             token=seat.token,
@@ -155,24 +174,28 @@ class Gateway:
             output=errand.output,
         )
         self._held.add(seat.token)
-        seconds, finished, lost = 0.0, False, False
+        seconds, finished = 0.0, False
+        end: SeatEnd = "done"
         try:
             answer = await self._link.draw(seat.renderer, portion)
             seconds, finished = answer.engine_s, True
             return answer
         except RendererDiedError as exc:
-            finished = lost = True
+            finished, end = True, "lost"
+            return exc
+        except PlacementError as exc:
+            finished, end = True, "unfit"
             return exc
         except CancelledError as exc:
             # By the dispatcher, which gave the seat up, or with a renderer that was retired.
-            finished = lost = True
+            finished, end = True, "lost"
             return RendererDiedError(f"{seat.renderer} put the images down: {exc.message}")
         except FarmUnavailableError as exc:
-            lost = True
+            end = "lost"
             return RendererDiedError(f"{seat.renderer} does not answer: {exc.message}")
         finally:
             self._held.discard(seat.token)
-            self._tell(self._leave(seat.token, seconds, lost=lost, drawn_by=None if finished else seat.renderer))
+            self._tell(self._leave(seat.token, seconds, end=end, drawn_by=None if finished else seat.renderer))
 
     async def _give_up(self, entry: Entry, entering: "asyncio.Task[Placing]") -> None:
         """Give back the seats of a question whose answer nobody waits for any more."""
@@ -185,7 +208,7 @@ class Gateway:
             await self._leave(seat.token)
 
     async def _leave(
-        self, token: str, seconds: float = 0.0, *, lost: bool = False, drawn_by: str | None = None
+        self, token: str, seconds: float = 0.0, *, end: SeatEnd = "done", drawn_by: str | None = None
     ) -> None:
         """Give a seat back, or all of an entry's: also of one that was not answered, and may be heard only later.
 
@@ -194,7 +217,7 @@ class Gateway:
         try:
             if drawn_by is not None:
                 await self._link.drop(drawn_by, token)
-            await answered(lambda: self._link.leave(token, seconds=seconds, lost=lost))
+            await answered(lambda: self._link.leave(token, seconds=seconds, end=end))
         except FarmUnavailableError as exc:
             log.info("a seat was not given back, and expires", extra={"token": token, "reason": exc.message})
         except Exception:

@@ -7,7 +7,7 @@ speaks to is away, which passes by itself when a dispatcher restarts.
 from collections.abc import Sequence
 from typing import Protocol
 
-from farm.portion import Allowance, Answer, Entry, Placing, PoolView, Portion, Refusal
+from farm.portion import Allowance, Answer, Entry, Placing, PoolView, Portion, Refusal, SeatEnd
 from farm.run import JobProgress
 from farm.tally import Snapshot
 
@@ -28,10 +28,10 @@ class FarmLink(Protocol):
     async def drop(self, renderer: str, token: str) -> None:
         """Stop drawing a portion, within a denoising step."""
 
-    async def leave(self, token: str, *, seconds: float, lost: bool = False) -> None:
+    async def leave(self, token: str, *, seconds: float, end: SeatEnd = "done") -> None:
         """Give a seat, or all of an entry's, back, drawn or not: also where the entry's answer never came.
 
-        `seconds`: device time, charged to its owner. `lost`: its renderer ended, or did not know the seat.
+        `seconds`: device time, charged to its owner.
         """
 
     async def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot) -> None:

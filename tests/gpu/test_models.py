@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from farm.bench.giants import prompts, write_giant
+from farm.cardparts import Acceleration
 from farm.devices import PACKAGES
 from farm.engine import Engine, Picture
 from farm.modelcard import ModelCard, find_card
@@ -125,3 +126,32 @@ def test_what_was_parked_comes_back_and_draws_the_same(card: ModelCard) -> None:
     assert left == {"cpu"}
     engine.load()
     assert same(draw(engine, specs(card)), before)
+
+
+def test_what_each_phase_takes_beside_the_weights_is_measured(card: ModelCard) -> None:
+    engine = opened(card, "cuda:0")
+    draw(engine, specs(card))
+    assert dict(engine.working_bytes) == {}
+    engine.watch_memory()
+    draw(engine, specs(card, first=5))
+    small = dict(engine.working_bytes)
+    engine.watch_memory()
+    draw(engine, specs(card, first=9, width=128))
+    assert small.keys() == {"encode", "denoise", "decode"}
+    assert all(engine.working_bytes[phase] > small[phase] > 0 for phase in ("denoise", "decode"))
+
+
+def test_compiled_blocks_take_every_shape_and_draw_the_same_whenever_they_were_compiled(card: ModelCard) -> None:
+    accelerated = card.model_copy(update={"acceleration": {"cuda": Acceleration(compile=True)}})
+    plain, compiled = opened(card, "cuda:0"), opened(accelerated, "cuda:0")
+    shapes = [specs(card, first=20, width=width) for width in (64, 96, 128)]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = [draw(compiled, some) for some in shapes]
+        again = [draw(compiled, some) for some in reversed(shapes)]
+    for one, other, stock in zip(found, reversed(again), (draw(plain, some) for some in shapes), strict=True):
+        assert same(one, other)
+        apart = [np.abs(a.pixels.astype(int) - b.pixels.astype(int)).mean() for a, b in zip(one, stock, strict=True)]
+        assert max(apart) <= 1.0
+    torch._dynamo.reset()
+    anew = opened(accelerated, "cuda:0")
+    assert all(same(draw(anew, some), one) for some, one in zip(shapes, found, strict=True))

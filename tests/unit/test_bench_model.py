@@ -1,5 +1,6 @@
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from farm.bench.subjects import prompts_for
 from farm.engine import EmbeddingCache, Engine
 from farm.errors import InputError, OutOfMemoryError, RenderError
 from farm.modelcard import RenderParams
+from farm.needs import measured_of
 from farm.plan import ImageSpec
 from farm.provenance import read_picture
 from tests.drawing import FakeFamily, card, engine, numerics, spec
@@ -296,6 +298,28 @@ def test_the_profile_has_the_jobs_shape_and_those_of_the_sweep_that_worked() -> 
     asked = RenderParams(width=512, height=512, num_inference_steps=8, guidance_scale=2.0)
     assert profile.seconds_of(asked) == pytest.approx(4.3)
     assert profile.stages.seconds_of(asked) == pytest.approx(0.1 + 8 * 0.5 + 0.2)
+
+
+def test_the_profile_has_what_each_phase_took_for_the_pixels_that_were_on_the_device_together() -> None:
+    assert profile_of(setup(), found()).stages.working is None  # type: ignore[union-attr]
+    taken = {"encode": 0.25, "denoise": 0.5, "decode": 0.75}
+    points = [point("size", 1024, working_gib=taken), point("batch", 512, failed="no memory left")]
+    profile = profile_of(setup(), replace(found(points), job=point("job", 512, working_gib={**taken, "encode": 0.1})))
+    assert profile.stages is not None
+    working = profile.stages.working
+    assert working is not None
+    # Two pictures of 512x512, with guidance: a megapixel denoised, half a megapixel decoded.
+    assert (working.step_gib, working.decode_gib, working.encode_gib) == (0.5, 1.5, 0.25)
+    assert measured_of(profile, setup().card, setup().numerics) == working
+    page = report(setup(), replace(found(), job=point("job", 512, working_gib=taken)))
+    assert "Beside the weights, in batches of 2: encode 0.25 GiB, denoise 0.50 GiB, decode 0.75 GiB." in page
+
+
+def test_what_each_phase_takes_is_measured_for_each_shape_by_itself() -> None:
+    family = FakeFamily()
+    family.takes = {"denoise": GIB, "decode": 2 * GIB}
+    job = measured(family).job
+    assert job.working_gib == {"denoise": 1.0, "decode": 2.0}
 
 
 def test_the_report_has_every_table() -> None:

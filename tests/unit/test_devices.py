@@ -8,6 +8,7 @@ from farm.devices import (
     Gpu,
     HostMemory,
     default_renderers,
+    gpu_of,
     host_memory,
     local_device,
     numerics_for,
@@ -42,6 +43,18 @@ def test_a_gpu_without_native_bfloat16_is_refused_a_model_that_is_sound_in_nothi
 def test_a_pool_with_one_old_gpu_falls_back_to_a_dtype_that_all_can_do():
     card = CARD.model_copy(update={"dtypes": {"cuda": ("bfloat16", "float32")}, "batch": {"cuda": 2}})
     assert numerics_for(card, device=on(A4000, T4), renderers=2).dtype == "float32"
+
+
+def test_an_old_gpu_among_others_keeps_no_model_from_them():
+    card = CARD.model_copy(update={"dtypes": {"cuda": ("bfloat16",)}, "batch": {"cuda": 2}})
+    assert numerics_for(card, device=on(A4000, T4), renderers=2).dtype == "bfloat16"
+
+
+def test_a_gpu_goes_by_its_number_or_its_uuid():
+    machine = on(T4, A4000)
+    assert gpu_of(machine, "1") == gpu_of(machine, A4000.uuid) == A4000
+    assert [gpu_of(machine, name) for name in ("2", "GPU-none", None)] == [None] * 3
+    assert gpu_of(on(), "0") is None
 
 
 def test_one_renderer_a_gpu_and_one_for_every_two_cores_without():

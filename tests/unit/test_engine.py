@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from farm.cardparts import Adapter, Denoiser, Scheduler, Source
+from farm.cardparts import Acceleration, Adapter, Denoiser, Scheduler, Source
 from farm.engine import EmbeddingCache, Picture, RenderStep, check_numerics, weights_of
 from farm.errors import CancelledError, NumericsError, OutOfMemoryError, RenderError
 from farm.models.family import Embedding, Tokens
@@ -233,6 +233,7 @@ def test_engine_and_the_family_sleep_import_no_torch() -> None:
         {"adapters": (Adapter(hub="a/b", file="one.safetensors", name="one"),)},
         {"scheduler": Scheduler(name="flow-heun")},
         {"options": {"encoder_on": "cpu"}},
+        {"acceleration": {"cpu": Acceleration(compile=True)}},
         {"max_sequence_length": 32},
     ],
     ids=lambda changes: next(iter(changes)),

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from farm.engines import GIB, Engines
-from farm.errors import ModelCardError
+from farm.errors import ModelCardError, PlacementError
 from farm.meters import Meters
 from farm.modelcard import ModelCard
 from farm.queue import SWAPS_WORTH, Queue, Waiting
+from farm.records import WorkingMemory
 from tests.drawing import FakeFamily, card, numerics
 
 
@@ -96,6 +97,34 @@ def test_idle_engines_of_other_models_leave_a_gpu_and_those_in_use_stay(families
     assert [family.loaded for family in families] == [True, False, True]
     assert (used.loaded, some.loaded_model, len(some)) == (True, "other", 0)
     assert some.kept == ("sketch",)
+
+
+def test_a_model_that_fits_nowhere_makes_nobody_leave(families: list[Weighty], monkeypatch: pytest.MonkeyPatch) -> None:
+    some = gpu_engines()
+    some.give_back(some.take(card(), GPU))
+
+    def refuse(self: Weighty) -> None:
+        raise PlacementError("too big")
+
+    monkeypatch.setattr(Weighty, "place", refuse)
+    with pytest.raises(PlacementError):
+        some.take(other(), GPU)
+    assert [family.loads for family in families] == [1, 0]
+    assert (len(some), some.kept, families[0].loaded) == (1, (), True)
+
+
+def test_what_was_measured_of_a_models_memory_reaches_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    working = WorkingMemory(encode_gib=0.1, step_gib=0.2, decode_gib=0.3, identity="x")
+
+    def open_fake(*_: Any, **given: Any) -> Weighty:
+        told.append(given["measured"])
+        return Weighty()
+
+    monkeypatch.setattr("farm.engine.open_family", open_fake)
+    engines(measured=lambda card, numerics: working if card.name == "other" else None).take(other(), numerics())
+    engines().take(card(), numerics())
+    assert told == [working, None]
 
 
 def test_a_model_that_left_a_gpu_comes_back_by_a_copy_and_is_counted_as_a_swap(families: list[Weighty]) -> None:

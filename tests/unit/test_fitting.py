@@ -12,9 +12,11 @@ from farm.errors import SettingsError
 from farm.fitting import Fit, asked_device, fits
 from farm.modelcard import ModelCard
 from farm.needs import GIB
+from farm.plan import drawing_identity
+from farm.records import WorkingMemory
 from farm.settings import Settings
 from tests.drawing import card, numerics
-from tests.unit.test_needs import PARAMS
+from tests.unit.test_needs import PARAMS, profile_with
 from tests.unit.test_tensorfiles import write_safetensors
 
 HERE = DeviceInfo("cpu", "CPU, 8 cores", (), 8)
@@ -50,6 +52,27 @@ def found(model: ModelCard, device: DeviceInfo, *, host: HostMemory | None = Non
     )
     assert fitting is not None
     return fitting
+
+
+def test_what_was_measured_on_a_device_decides_there(model: ModelCard) -> None:
+    given = numerics(device="cuda", dtype="bfloat16", batch=1)
+    working = WorkingMemory(encode_gib=0.1, step_gib=20.0, decode_gib=1.0, identity=drawing_identity(model, given))
+    profiles = {"card of 16": profile_with(working)}
+    fitting = fits(
+        model, given, device=pool(15, 16, 24), settings=Settings(vram_gib=24), host=None, profile=profiles.get
+    )
+    assert fitting is not None
+    by_name = {one.device: one for one in fitting}
+    assert by_name["card of 16"].placement is None
+    for other in ("card of 15", "card of 24"):
+        placement = by_name[other].placement
+        assert placement is not None
+        assert "as measured" not in placement.explained
+    profiles = {"card of 24": profile_with(working)}
+    fitting = fits(model, given, device=pool(24), settings=Settings(vram_gib=24), host=None, profile=profiles.get)
+    assert fitting is not None
+    assert fitting[0].placement is not None
+    assert "20.0 of 23.0 GiB as measured" in fitting[0].placement.explained
 
 
 def test_each_kind_of_device_of_a_pool_is_told_and_which_cannot_draw_it(model: ModelCard) -> None:

@@ -250,7 +250,7 @@ async def test_images_that_lost_their_renderer_go_to_another_and_those_of_a_clie
     assert seats(await desk.enter(entry("t"))) == {"a": 1}
     await desk.leave("t-0", seconds=0.0)
     assert seats(await desk.enter(entry("u", again=True))) == {"a": 1}
-    await desk.leave("u-0", seconds=0.0, lost=True)
+    await desk.leave("u-0", seconds=0.0, end="lost")
     assert seats(await desk.enter(entry("v", again=True))) == {"b": 1}
 
 

@@ -10,8 +10,10 @@ import pytest
 from farm.cardparts import Acceleration, Adapter, Denoiser, SizeLimits, Source
 from farm.errors import ModelCardError
 from farm.modelcard import ModelCard, RenderParams
-from farm.needs import GIB, folders_of, needs_of, part_bytes
-from tests.drawing import card
+from farm.needs import GIB, folders_of, measured_of, needs_of, part_bytes
+from farm.plan import drawing_identity
+from farm.records import Profile, ShapeSpeed, Stages, WorkingMemory
+from tests.drawing import card, numerics
 from tests.unit.test_tensorfiles import write_gguf, write_safetensors
 
 WEIGHTS = {
@@ -125,6 +127,60 @@ def test_blocks_that_are_compiled_or_left_out_are_not_streamed(folder: Path, how
     on_a_cpu = needs_of(accelerated, folder, dtype="bfloat16", batch=1, device="cpu")
     assert on_a_cpu.denoiser_streamed_gib is not None
     assert on_a_cpu.cut_in
+
+
+def test_measured_working_sets_take_the_place_of_estimates(folder: Path) -> None:
+    guided = PARAMS.model_copy(update={"guidance_scale": 4.0})
+    measured = WorkingMemory(encode_gib=0.1, step_gib=0.4, decode_gib=1.2, identity="x")
+    one = needs_of(big(), folder, dtype="bfloat16", batch=3, params=guided, measured=measured)
+    assert (one.encode_gib, one.step_gib, one.decode_gib) == (0.1, pytest.approx(3 * 2 * 0.4), 1.2)
+    assert (one.inner_step_gib, one.inner_decode_gib, one.measured) == (2 * 0.4, 1.2, True)
+    whole = needs_of(big(), folder, dtype="float32", batch=1, measured=measured)
+    assert (whole.step_gib, whole.decode_gib) == (0.4, 1.2)  # as measured, in whichever dtype that was
+    assert not needs_of(big(), folder, dtype="bfloat16", batch=1).measured
+
+
+def test_what_was_measured_counts_for_exactly_that_model_dtype_and_versions() -> None:
+    here = numerics(device="cuda", dtype="bfloat16")
+    working = WorkingMemory(encode_gib=0.1, step_gib=0.4, decode_gib=1.2, identity=drawing_identity(big(), here))
+    profile = profile_with(working)
+    assert measured_of(profile, big(), here) == working
+    assert measured_of(profile, big(), here.model_copy(update={"batch": 7})) == working
+    for another, given in (
+        (big(quantise={"encoder": "nf4"}), here),
+        (big(), here.model_copy(update={"dtype": "float32"})),
+        (big(), here.model_copy(update={"versions": here.versions | {"torch": "1.0"}})),
+    ):
+        assert measured_of(profile, another, given) is None
+    assert [measured_of(one, big(), here) for one in (None, profile_with(None))] == [None, None]
+
+
+def profile_with(working: WorkingMemory | None) -> Profile:
+    stages = Stages(
+        load_s=1.0,
+        encode_s=0.1,
+        guidance_scale=0.0,
+        guided_above=0.0,
+        shapes=(ShapeSpeed(width=1024, height=1024, step_s=1.0, decode_s=0.5),),
+        batch=1,
+        peak_gib={},
+        dtype="bfloat16",
+        versions={},
+        working=working,
+        measured_at="2026-01-01T00:00:00+00:00",
+    )
+    return Profile(
+        model="sketch",
+        device="a card",
+        seconds_per_image=8.0,
+        width=1024,
+        height=1024,
+        num_inference_steps=8,
+        batch=1,
+        images=8,
+        measured_at="2026-01-01T00:00:00+00:00",
+        stages=stages,
+    )
 
 
 def test_a_gguf_denoiser_counts_as_its_bytes_and_dequantises_in_each_step(folder: Path, tmp_path: Path) -> None:

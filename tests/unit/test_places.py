@@ -8,6 +8,7 @@ from farm.places import (
     ENTRIES_KEPT,
     ENTRIES_KEPT_S,
     RENDERER_START_S,
+    UNFIT_S,
     UNKNOWN_STEP_S,
     URGENT_SHARE,
     Place,
@@ -220,12 +221,26 @@ def test_images_that_lost_their_renderer_are_not_refused_for_want_of_room():
 def test_images_that_lost_their_renderer_go_to_another_where_there_is_one():
     places = Places(10)
     places.enter(entry("t0"), AB, now=0.0)
-    places.leave("t0-0", seconds=0.0, lost=True, now=1.0)
+    places.leave("t0-0", seconds=0.0, end="lost", now=1.0)
     assert shares(places, entry("t1", again=True), AB, now=1.0) == {"b": 1}
     assert shares(places, entry("t2", again=True), [place("a")], now=1.0) == {"a": 1}
     places.leave("t1-0", seconds=1.0, now=2.0)
     places.leave("t2-0", seconds=1.0, now=2.0)
     assert shares(places, entry("t3", again=True), AB, now=1.0 + DOUBT_S) == {"a": 1}
+
+
+def test_a_model_that_does_not_fit_a_renderers_device_goes_to_others_for_a_while():
+    places = Places(100)
+    places.enter(entry("t0"), AB, now=0.0)
+    places.leave("t0-0", seconds=0.0, end="unfit", now=1.0)
+    assert shares(places, entry("t1", images=4), AB, now=1.0) == {"b": 4}
+    assert shares(places, entry("t2", model="other"), AB, now=1.0) == {"a": 1}
+    assert shares(places, entry("t3"), [place("a")], now=1.0) == {"a": 1}  # where there is no other, it says so itself
+    anew = Place("a", "a-j", False, 0.0)
+    assert shares(places, entry("t4", images=9), [anew, place("b")], now=1.0)["a"] > 0
+    assert "a" in shares(places, entry("t6", images=20, again=True), AB, now=1.0 + UNFIT_S)
+    places.lost("a", now=400.0)
+    assert places._unfit_at == {}
 
 
 def test_a_seat_that_its_gateway_gave_back_undrawn_casts_no_doubt_on_its_renderer():

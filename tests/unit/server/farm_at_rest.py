@@ -17,7 +17,7 @@ from farm.devices import DeviceInfo
 from farm.errors import FarmUnavailableError, UnknownRendererError
 from farm.keys import Scope, create_key
 from farm.ledger import Ledger
-from farm.portion import Allowance, Answer, Entry, Placing, PoolView, Portion, Refusal, RendererView
+from farm.portion import Allowance, Answer, Entry, Placing, PoolView, Portion, Refusal, RendererView, SeatEnd
 from farm.run import JobProgress
 from farm.server.app import create_app
 from farm.server.services import build_services
@@ -82,7 +82,7 @@ class FarmAtRest:
     async def drop(self, renderer: str, token: str) -> None:
         self._here()
 
-    async def leave(self, token: str, *, seconds: float, lost: bool = False) -> None:
+    async def leave(self, token: str, *, seconds: float, end: SeatEnd = "done") -> None:
         self._here()
 
     async def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot) -> None:

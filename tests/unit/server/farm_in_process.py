@@ -28,7 +28,7 @@ from farm.devices import DeviceInfo
 from farm.engine import Engine
 from farm.errors import FarmUnavailableError, RendererDiedError
 from farm.ledger import Ledger
-from farm.portion import Allowance, Answer, Entry, Placing, PoolView, Portion, Refusal
+from farm.portion import Allowance, Answer, Entry, Placing, PoolView, Portion, Refusal, SeatEnd
 from farm.renderer import Renderer
 from farm.run import JobProgress
 from farm.server.app import create_app
@@ -233,8 +233,8 @@ class FarmInProcess:
             # Ray does not end an actor's call with its caller: only `drop` does.
             drawing.add_done_callback(_seen)
 
-    async def leave(self, token: str, *, seconds: float, lost: bool = False) -> None:
-        await self._at_desk(self.desk.leave(token, seconds=seconds, lost=lost))
+    async def leave(self, token: str, *, seconds: float, end: SeatEnd = "done") -> None:
+        await self._at_desk(self.desk.leave(token, seconds=seconds, end=end))
 
     async def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot) -> None:
         await self._at_desk(self.desk.hold(gateway, tokens, snapshot))

@@ -12,6 +12,7 @@ from farm.errors import (
     CancelledError,
     FarmUnavailableError,
     LimitedError,
+    ModelCardError,
     PlacementError,
     RendererDiedError,
 )
@@ -19,7 +20,7 @@ from farm.manifest import Output
 from farm.meters import Meters
 from farm.modelcard import find_card
 from farm.plan import ImageSpec
-from farm.portion import Allowance, Answer, Drawn, Entry, Placing, Portion, Refusal, Seat
+from farm.portion import Allowance, Answer, Drawn, Entry, Placing, Portion, Refusal, Seat, SeatEnd
 from farm.server.cards import Ready
 from farm.server.gateway import AWAY_S, TRIES, Errand, Gateway, Result
 from farm.settings import Settings
@@ -49,7 +50,7 @@ class Farm:
         self.entries: list[Entry] = []
         self.told: list[tuple[Any, ...]] = []
         self.held: list[tuple[str, ...]] = []
-        self.lost: list[str] = []
+        self.ended: list[tuple[str, str]] = []
         self.entering_s = 0.0
 
     async def enter(self, entry: Entry) -> Placing:
@@ -71,10 +72,10 @@ class Farm:
     async def drop(self, renderer: str, token: str) -> None:
         self.told.append(("drop", renderer, token))
 
-    async def leave(self, token: str, *, seconds: float, lost: bool = False) -> None:
+    async def leave(self, token: str, *, seconds: float, end: SeatEnd = "done") -> None:
         self.told.append(("leave", token, seconds))
-        if lost:
-            self.lost.append(token)
+        if end != "done":
+            self.ended.append((token, end))
 
     async def hold(self, gateway: str, tokens: Sequence[str], snapshot: Snapshot) -> None:
         self.held.append(tuple(tokens))
@@ -160,7 +161,7 @@ def test_only_the_images_that_were_lost_are_drawn_again(lost):
     assert [one.drawn.index for one in results] == [0, 1, 2]
     assert [(entry.images, entry.again) for entry in farm.entries] == [(3, False), (2, True)]
     assert ("leave", "s0", 0.0) in farm.told
-    assert farm.lost == ["s0"]
+    assert farm.ended == [("s0", "lost")]
     # One that does not answer may draw on; the others know that the portion is over.
     assert (("drop", "renderer-0", "s0") in farm.told) == isinstance(lost, FarmUnavailableError)
 
@@ -171,11 +172,11 @@ def test_images_that_end_one_renderer_after_another_are_given_up():
 
 
 def test_an_error_of_one_portion_ends_the_others():
-    farm = Farm(seats(1, 1), drawing=[PlacementError("too big"), 60.0])
+    farm = Farm(seats(1, 1), drawing=[ModelCardError("no weights"), 60.0])
 
     async def main() -> None:
         one = gateway(farm)
-        with pytest.raises(PlacementError, match="too big"):
+        with pytest.raises(ModelCardError, match="no weights"):
             await one.run(errand(2))
         await one.close()
         assert asyncio.get_running_loop().time() < 50
@@ -187,6 +188,21 @@ def test_an_error_of_one_portion_ends_the_others():
         ("leave", "s0", 0.0),
         ("leave", "s1", 0.0),
     ]
+
+
+def test_what_does_not_fit_one_device_is_drawn_on_another():
+    small = Placing((Seat("small", "renderer-7", 1),))
+    farm = Farm(small, drawing=[PlacementError("too big"), 0.0])
+    assert [one.renderer for one in sent(farm)] == ["renderer-0"]
+    assert farm.ended == [("small", "unfit")]
+    assert [entry.again for entry in farm.entries] == [False, True]
+
+
+def test_what_fits_no_device_is_told_once_all_were_asked():
+    pool = [Placing((Seat(f"s{at}", f"renderer-{at}", 1),)) for at in (0, 1, 2, 3, 0)]
+    farm = Farm(*pool, drawing=[PlacementError(f"too big for {at}") for at in range(9)])
+    assert refusal_of(farm, PlacementError).message == "too big for 4"
+    assert len(farm.entries) == 5
 
 
 def gone_after(farm: Farm, seconds: float, then: Callable[[], None] = lambda: None) -> None:
@@ -207,7 +223,7 @@ def test_who_goes_away_has_the_portion_dropped_and_the_seat_given_back():
     farm = Farm(drawing=[60.0])
     gone_after(farm, 1)
     assert farm.told[1:] == [("drop", "renderer-0", "s0"), ("leave", "s0", 0.0)]
-    assert farm.lost == []
+    assert farm.ended == []
 
 
 def test_who_goes_away_while_seats_are_asked_for_leaves_none_behind():
