@@ -9,6 +9,7 @@ that was written is kept. `tiny`: the same in a second, for a machine without a 
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,27 @@ def write_giant(card: ModelCard, folder: Path, *, tiny: bool, device: str, say: 
             "quantise": {},
         }
     return Giant(card.model_copy(update=changes), "GGUF of Q4_K and Q6_K" if gguf else "as written")
+
+
+def unquantised(giant: Giant, *, say: Callable[[str], None]) -> ModelCard:
+    """Write the denoiser of a giant that has a GGUF file in bfloat16 too, and return a card of it; the other parts are the same
+    files. Its GGUF file goes, since both seldom fit one disk."""
+    where = Path(str(giant.card.source.path))
+    whole = where.with_name(f"{where.name}-whole")
+    whole.mkdir(exist_ok=True)
+    for part in where.iterdir():
+        if part.name != "transformer" and not (whole / part.name).exists():
+            (whole / part.name).symlink_to(part)
+    target = whole / "transformer"
+    if not (target / WRITTEN).is_file():
+        shutil.rmtree(where / "transformer")
+        say(f"writing {target}")
+        target.mkdir(exist_ok=True)
+        size: Size = "tiny" if where.name.endswith("-tiny") else "full"
+        writer = _Writer(target, torch.bfloat16, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        writer.module(_qwen_denoiser(size), stem="diffusion_pytorch_model")
+        (target / WRITTEN).write_text(json.dumps({"size": size}))
+    return giant.card.model_copy(update={"source": Source(path=str(whole)), "denoiser": None})
 
 
 class _Writer:
@@ -271,7 +293,7 @@ def _zimage(size: Size) -> dict[str, Callable[[_Writer], None]]:
 
 
 def _qwen(size: Size) -> dict[str, Callable[[_Writer], None]]:
-    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from diffusers import AutoencoderKLQwenImage
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     words: dict[str, Any] = {
@@ -289,7 +311,6 @@ def _qwen(size: Size) -> dict[str, Callable[[_Writer], None]]:
     }
     eyes: dict[str, Any] = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
     eyes |= {"out_hidden_size": 3584, "fullatt_block_indexes": [7, 15, 23, 31]}
-    shape: dict[str, Any] = {}
     vae: dict[str, Any] = {}
     if size == "tiny":
         words |= {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -297,9 +318,6 @@ def _qwen(size: Size) -> dict[str, Callable[[_Writer], None]]:
         words["rope_parameters"] = words["rope_parameters"] | {"mrope_section": [2, 3, 3]}
         eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
         eyes |= {"fullatt_block_indexes": [0]}
-        # Rows of 256, so that a GGUF file has whole blocks.
-        shape = {"in_channels": 16, "out_channels": 4, "num_layers": 1, "num_attention_heads": 2}
-        shape |= {"joint_attention_dim": 32}
         vae = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
         vae |= {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.5, 2.0, 0.7, 1.1]}
     return {
@@ -308,7 +326,7 @@ def _qwen(size: Size) -> dict[str, Callable[[_Writer], None]]:
             lambda: Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=words, vision_config=eyes)),
             stem="model",
         ),
-        "transformer": lambda to: to.gguf(lambda: QwenImageTransformer2DModel(**shape)),
+        "transformer": lambda to: to.gguf(_qwen_denoiser(size)),
         "vae": lambda to: to.module(lambda: AutoencoderKLQwenImage(**vae), stem="diffusion_pytorch_model"),
         "scheduler": lambda to: _scheduler(
             to.folder,
@@ -319,6 +337,15 @@ def _qwen(size: Size) -> dict[str, Callable[[_Writer], None]]:
             shift_terminal=0.02,
         ),
     }
+
+
+def _qwen_denoiser(size: Size) -> Callable[[], Any]:
+    """Tiny: rows of 256, so that a GGUF file has whole blocks, and two layers, a first and a last."""
+    from diffusers import QwenImageTransformer2DModel
+
+    shape: dict[str, Any] = {"in_channels": 16, "out_channels": 4, "num_layers": 2, "num_attention_heads": 2}
+    shape |= {"joint_attention_dim": 32}
+    return lambda: QwenImageTransformer2DModel(**(shape if size == "tiny" else {}))
 
 
 def _newbie(size: Size) -> dict[str, Callable[[_Writer], None]]:

@@ -1,6 +1,6 @@
 """Measure the three large models on a GPU held to 16 GiB: memory, seconds, idle time, a peer beside them, and equal bytes.
 
-    python -m farm.bench.gpu [--model NAME] [--images N] [--folder DIR] [--parts measure,peer,fidelity,budgets]
+    python -m farm.bench.gpu [--model NAME] [--images N] [--folder DIR] [--parts measure,peer,fidelity,budgets,gains]
         [--drop] [--tiny]
 
 No Ray, no network: the engine alone, over random weights at full size (`farm.bench.giants`), so that memory and speed are real
@@ -31,7 +31,7 @@ import torch
 
 from farm.bench.environment import environment
 from farm.bench.giants import Giant, prompts, write_giant
-from farm.bench.gpufidelity import Fidelity, draw, ignore, line_of, never, refuse_nan, specs_of
+from farm.bench.gpufidelity import Fidelity, draw, line_of, specs_of
 from farm.bench.gpufigures import (
     CONTEXT_GIB,
     Case,
@@ -43,10 +43,11 @@ from farm.bench.gpufigures import (
     peer_table,
     ratios,
 )
-from farm.bench.model import joined
+from farm.bench.gpugains import Gain, gains_of, gains_table
+from farm.bench.gpushard import draw_shard
 from farm.bench.offloading import open_peer
 from farm.devices import PACKAGES
-from farm.engine import Engine, Picture, RenderStep
+from farm.engine import Engine
 from farm.errors import FarmError
 from farm.modelcard import ModelCard, find_card
 from farm.models.device import Device
@@ -61,7 +62,7 @@ OTHER_BUDGETS_GIB = (8.0, 12.0, 24.0, 64.0)
 """What else a pool has, and one that takes everything whole: each shows another placement."""
 LIMIT_OUTSIDE, LIMIT_IDLE, FEWER_STEPS_RATIO = 0.03, 0.02, 1.5
 PROFILED_STEPS = 2
-ALL_PARTS = ("measure", "peer", "fidelity", "budgets")
+ALL_PARTS = ("measure", "peer", "fidelity", "budgets", "gains")
 
 Say = Callable[[str], None]
 
@@ -74,6 +75,11 @@ class Subject:
     cases: tuple[Case, ...]
     images: int
 
+    @property
+    def gains_case(self) -> Case:
+        """What quicker ways are tried on: steps enough for blocks to be left out of some."""
+        return self.cases[1] if len(self.cases) > 1 else self.cases[0]
+
 
 SUBJECTS = (
     Subject("z-image-turbo", (Case(512, 512, 9), Case(1024, 1024, 8), Case(1024, 1024, 9)), 16),
@@ -84,54 +90,6 @@ TINY_CASES = (Case(64, 64, 2), Case(96, 64, 3))
 TINY_IMAGES = 2
 
 
-class Marks:
-    """Where a shard's batches and steps begin and end: CUDA events, which cost nothing to record, or the clock on a CPU."""
-
-    def __init__(self, on_gpu: bool):
-        self._on_gpu = on_gpu
-        self._begun: list[Any] = []
-        self._steps: list[list[Any]] = []
-        self._ended: list[Any] = []
-
-    def on_step(self, step: RenderStep) -> None:
-        """A batch begins by saying that it encodes; nothing of it is queued then."""
-        if step.stage == "encode":
-            self._begun.append(self._now())
-            self._steps.append([])
-        elif step.stage == "denoise":
-            self._steps[-1].append(self._now())
-
-    def end(self) -> None:
-        """A batch is done."""
-        self._ended.append(self._now())
-
-    def idle_s(self) -> float | None:
-        """Seconds that the GPU waits between one batch's end and the next one's beginning; None without a GPU."""
-        if not self._on_gpu:
-            return None
-        return sum(self._between(*pair) for pair in zip(self._ended, self._begun[1:], strict=False))
-
-    def denoise_s(self) -> float:
-        """Seconds of steps, from a batch's first to its last, and as much again for the first: before it come moves."""
-        return sum(
-            self._between(steps[0], steps[-1]) * len(steps) / (len(steps) - 1)
-            for steps in self._steps
-            if len(steps) > 1
-        )
-
-    def _now(self) -> Any:
-        return _event() if self._on_gpu else time.perf_counter()
-
-    def _between(self, start: Any, end: Any) -> float:
-        return float(start.elapsed_time(end)) / 1000 if self._on_gpu else float(end - start)
-
-
-def _event() -> Any:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
 class Bench:
     """The benchmark of one model."""
 
@@ -139,6 +97,8 @@ class Bench:
         self.subject = subject
         self.rows: list[Row] = []
         self.peers: list[Row] = []
+        self.gains: list[Gain] = []
+        self._giant = giant
         self._card = giant.card
         self._numerics = numerics
         self._device = device
@@ -160,6 +120,16 @@ class Bench:
             self._beside()
         if "budgets" in parts or "fidelity" in parts:
             self._other_budgets(parts)
+        if "gains" in parts:
+            self.gains += gains_of(
+                self._giant,
+                self._numerics,
+                self.subject.gains_case,
+                device=self._device,
+                vram_gib=BUDGET_GIB,
+                images=self.subject.images,
+                say=self._say,
+            )
 
     def _at_budget(self, parts: Sequence[str]) -> None:
         subject = self.subject
@@ -227,6 +197,8 @@ class Bench:
                     self.rows.append(self._measured(engine, case, budget, load_s))
                 name = f"{self._placement.layout} ({budget:g} GiB) as at {BUDGET_GIB:g} GiB"
                 self._fidelity.placed_otherwise(engine, name)
+                if budget == OTHER_BUDGETS_GIB[-1] and "fidelity" in parts:
+                    self._fidelity.quantised(engine, self._family)
             except FarmError as exc:
                 self.rows.append(self._row(case, budget, failed=exc.message))
             self._drop(engine)
@@ -241,9 +213,9 @@ class Bench:
         images = max(self.subject.images, 2 * batch)
         try:
             specs = self._specs(case, images + batch)
-            drawn = _shard(engine, specs[:batch], batch, self._on_gpu)  # warms up, with prompts of its own
+            drawn = draw_shard(engine, specs[:batch], batch, self._on_gpu)  # warms up, with prompts of its own
             engine.recover()
-            drawn = _shard(engine, specs[batch:], batch, self._on_gpu)
+            drawn = draw_shard(engine, specs[batch:], batch, self._on_gpu)
             idle_inside = self._profiled(engine, specs[-1]) if inside else None
         except FarmError as exc:
             row = replace(row, failed=exc.message)
@@ -313,22 +285,6 @@ class Bench:
 
     def _peak_gib(self) -> float | None:
         return torch.cuda.max_memory_reserved(self._device) / GIB if self._on_gpu else None
-
-
-def _shard(engine: Engine, specs: Sequence[ImageSpec], batch: int, on_gpu: bool) -> tuple[float, float, float | None]:
-    """Draw a shard as the farm does; returns its seconds, those of steps, and those between batches."""
-    marks, pictures = Marks(on_gpu), list[Picture]()
-    singles = engine.batches(specs, most=1)
-    began = time.perf_counter()
-    batches = [joined(singles[start : start + batch]) for start in range(0, len(singles), batch)]
-    ahead, _ = engine.encode_ahead(batches, on_step=ignore, cancelled=never)
-    for some in batches:
-        engine.render_batch(some, on_picture=pictures.append, on_step=marks.on_step, cancelled=never, ahead=ahead)
-        marks.end()
-    engine.synchronize()
-    seconds = time.perf_counter() - began
-    refuse_nan(pictures)
-    return seconds, marks.denoise_s(), marks.idle_s()
 
 
 def measure(
@@ -424,6 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "peers": [
             asdict(peer) | {"ratio": ratio} for bench, _ in done for _, peer, ratio in ratios(bench.rows, bench.peers)
         ],
+        "gains": [asdict(gain) for bench, _ in done for gain in bench.gains],
         "checks": [asdict(check) for bench, _ in done for check in bench.checks],
         "denoisers": {bench.subject.model: giant.denoiser for bench, giant in done},
     }
@@ -433,19 +390,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 def tables(bench: Bench) -> str:
     """Return a model's section of the report, in Markdown."""
     newbie = " Diffusers has no pipeline for NewBie: its peer is the farm's own transformer, whole modules moved in a plain loop."
-    return "\n\n".join(
-        [
-            f"\n## {bench.subject.model}",
+    sections = [f"\n## {bench.subject.model}"]
+    if bench.rows:
+        sections += [
             memory_table(bench.rows),
             f"Wanted at {BUDGET_GIB:g} GiB: at most {BUDGET_GIB - CONTEXT_GIB:g} reserved, at most {LIMIT_OUTSIDE:.0%} outside "
             f"the denoiser, at most {LIMIT_IDLE:.0%} idle. Other budgets show other placements.",
+        ]
+    if bench.peers:
+        sections += [
             f"Beside a loop with enable_model_cpu_offload, held to {BUDGET_GIB:g} GiB too:",
             peer_table(list(ratios(bench.rows, bench.peers))),
             f"Wanted: {FEWER_STEPS_RATIO:g}× at 8 steps where a model does not fit whole, and above 1 everywhere."
             f"{newbie if bench.subject.model.startswith('newbie') else ''}",
-            checks_table(bench.checks),
         ]
-    )
+    if bench.checks:
+        sections.append(checks_table(bench.checks))
+    if bench.gains:
+        sections += ["Other ways to the same pictures, each beside the card's own:", gains_table(bench.gains)]
+    return "\n\n".join(sections)
 
 
 if __name__ == "__main__":

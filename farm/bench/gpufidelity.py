@@ -17,12 +17,19 @@ from farm.bench.model import joined
 from farm.engine import Engine, Picture, RenderStep
 from farm.errors import FarmError, RenderError
 from farm.modelcard import ModelCard, RenderParams
+from farm.models.family import Family, open_family
 from farm.models.qwen_vae import FrameDecoder
 from farm.plan import ImageSpec
 
 FIDELITY_STEPS = 3
 TOLERANCE = {"bfloat16": 2.0, "float16": 2.0, "float32": 0.05}
 """Mean difference of 255 that a batch of two may make to a picture: other shapes are summed by other kernels."""
+GGUF_CHECK = "the GGUF denoiser as its own blocks in full"
+ENCODER_CHECK = "the quantised text encoder as its own in full"
+LEAST_COSINE = 0.8
+"""Of a token's states from a quantised text encoder and from the whole one. An estimate: nobody has measured it."""
+WHOLE_GIB = 64.0
+"""A budget that takes every model whole."""
 VAE_TOLERANCE = 1e-3
 """Largest difference of a folded VAE's floats, in -1..1, both computed in float32."""
 
@@ -55,6 +62,35 @@ class Fidelity:
         """Check that another placement gives the same bytes. Raises what rendering raises."""
         if self._before:
             self._same(name, self._before, draw(engine, self._specs()))
+
+    def quantised(self, engine: Engine, family: Family) -> None:
+        """Check what is quantised against the same in full. The engine, over `family`, holds all of it; it is of no use later."""
+        if self._card.denoiser is not None and self._card.denoiser.format == "gguf":
+            self._check(lambda one: self._dequantised(one, family), GGUF_CHECK, engine)
+        if "encoder" in self._card.quantise and self._device != "cpu":
+            self._check(lambda one: self._encoded(one, family), ENCODER_CHECK, engine)
+
+    def _dequantised(self, engine: Engine, family: Any) -> None:
+        """The same blocks, dequantised once and for all by the same functions: pictures differ by rounding alone."""
+        from diffusers.quantizers.gguf.utils import _dequantize_gguf_and_restore_linear
+
+        before = draw(engine, self._specs())
+        _dequantize_gguf_and_restore_linear(family._modules.denoiser)
+        self._apart(GGUF_CHECK, draw(engine, self._specs()), before)
+
+    def _encoded(self, engine: Engine, family: Family) -> None:
+        """Quantising costs some; noise in place of a prompt's states would point anywhere."""
+        prompt = self._specs()[0].prompt
+        ours = _states(family, prompt)
+        engine.unload()
+        plain = self._card.model_copy(update={"quantise": {}})
+        whole = open_family(plain, engine.numerics, device=self._device, vram_gib=WHOLE_GIB)
+        whole.load()
+        theirs = _states(whole, prompt)
+        whole.unload()
+        cosine = float(torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).min())
+        found = f"cosine {cosine:.3f} for the token whose states are furthest apart; allowed {LEAST_COSINE:g}"
+        self.checks.append(Check(self._model, ENCODER_CHECK, found, cosine >= LEAST_COSINE))
 
     def _cut_in(self, engine: Engine) -> None:
         inner = engine.inside()
@@ -89,14 +125,7 @@ class Fidelity:
         together: list[Picture] = []
         batch = joined(engine.batches(self._specs(), most=1))
         engine.render_batch(batch, on_picture=together.append, on_step=ignore, cancelled=never)
-        apart = [
-            np.abs(one.pixels.astype(int) - other.pixels.astype(int))
-            for one, other in zip(together, self._before, strict=True)
-        ]
-        mean, largest = max(float(each.mean()) for each in apart), max(int(each.max()) for each in apart)
-        limit = TOLERANCE[self._dtype]
-        found = f"mean {mean:.3f}, largest {largest} of 255; allowed a mean of {limit:g}"
-        self.checks.append(Check(self._model, "two in a batch as each alone", found, mean <= limit))
+        self._apart("two in a batch as each alone", together, self._before)
 
     def _folded(self, engine: Engine) -> None:
         """The engine makes room first: this is the one that holds the VAE's memory."""
@@ -138,6 +167,15 @@ class Fidelity:
             self.checks.append(Check(self._model, name, failed, None))
             engine.recover()
 
+    def _apart(self, name: str, ours: Sequence[Picture], theirs: Sequence[Picture]) -> None:
+        apart = [
+            np.abs(one.pixels.astype(int) - other.pixels.astype(int)) for one, other in zip(ours, theirs, strict=True)
+        ]
+        mean, largest = max(float(each.mean()) for each in apart), max(int(each.max()) for each in apart)
+        limit = TOLERANCE[self._dtype]
+        found = f"mean {mean:.3f}, largest {largest} of 255; allowed a mean of {limit:g}"
+        self.checks.append(Check(self._model, name, found, mean <= limit))
+
     def _same(self, name: str, ours: Sequence[Picture], theirs: Sequence[Picture]) -> None:
         equal = sum(np.array_equal(a.pixels, b.pixels) for a, b in zip(ours, theirs, strict=True))
         found = f"{equal} of {len(ours)} pictures are the same bytes"
@@ -154,6 +192,12 @@ def specs_of(card: ModelCard, texts: Sequence[str], case: Case) -> list[ImageSpe
         update={"width": case.width, "height": case.height, "num_inference_steps": case.steps}
     )
     return [ImageSpec(place, place, None, text, 1000 + place, params, {}) for place, text in enumerate(texts)]
+
+
+def _states(family: Family, prompt: str) -> torch.Tensor:
+    """What the text encoder makes of a prompt, tokens x features, in float32."""
+    states: Any = family.encode(family.tokenize(prompt)).states
+    return torch.as_tensor(getattr(states, "states", states)).float()
 
 
 def draw(engine: Engine, specs: Sequence[ImageSpec]) -> list[Picture]:

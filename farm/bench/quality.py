@@ -73,13 +73,13 @@ def measure(
     texts = unseen_prompts(prompts)
     found = []
     try:
-        _setting(engine, _specs(texts[:BATCH], card.defaults))  # the first batch is slow, and is none of the figures
+        drawn(engine, specs_of(texts[:BATCH], card.defaults))  # the first batch is slow, and is none of the figures
         for guidance_scale in guidance:
             for number in steps:
                 params = card.defaults.model_copy(
                     update={"num_inference_steps": number, "guidance_scale": guidance_scale}
                 )
-                found.append(_setting(engine, _specs(texts, params)))
+                found.append(judged(drawn(engine, specs_of(texts, params))))
                 said = f"{number} steps, guidance {guidance_scale:g}: {found[-1].right} of {found[-1].of}"
                 print(f"  {said}", file=sys.stderr)
     finally:
@@ -93,20 +93,27 @@ def open_engine(card: ModelCard, device: DeviceInfo, *, vram_gib: float) -> Engi
     return Engine(card, numerics, "cuda:0" if device.kind == "cuda" else "cpu", vram_gib)
 
 
-def _specs(texts: Sequence[str], params: RenderParams) -> list[ImageSpec]:
+def specs_of(texts: Sequence[str], params: RenderParams) -> list[ImageSpec]:
+    """A picture for each prompt, its seed the prompt's place."""
     return [
         ImageSpec(index=i, row=i, key=None, prompt=text, seed=i, params=params, carry={})
         for i, text in enumerate(texts)
     ]
 
 
-def _setting(engine: Engine, specs: Sequence[ImageSpec]) -> Setting:
+def drawn(engine: Engine, specs: Sequence[ImageSpec]) -> list[Picture]:
+    """Draw pictures, and return them in the order of their indexes."""
     pictures: list[Picture] = []
     engine.render(specs, on_picture=pictures.append)
+    return sorted(pictures, key=lambda picture: picture.spec.index)
+
+
+def judged(pictures: Sequence[Picture]) -> Setting:
+    """Judge pictures of one setting."""
     verdicts = [judge(Image.fromarray(one.pixels), read(one.spec.prompt)) for one in pictures]
     right = sum(verdict.everything for verdict in verdicts)
     low, high = wilson(right, len(verdicts))
-    params = specs[0].params
+    params = pictures[0].spec.params
     return Setting(
         num_inference_steps=params.num_inference_steps,
         guidance_scale=params.guidance_scale,

@@ -6,7 +6,7 @@ fit is a ModelCardError that names the file.
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,8 +109,8 @@ class Loader:
         from diffusers import GGUFQuantizationConfig
 
         assert self.card.denoiser is not None
-        file = self.files["denoiser"]
-        if self.card.denoiser.format == "gguf":
+        file, packed = self.files["denoiser"], self.card.denoiser.format == "gguf"
+        if packed:
             self._need("gguf", f"{file.name} as its denoiser")
             options = {"quantization_config": GGUFQuantizationConfig(compute_dtype=self.dtype)}
 
@@ -129,6 +129,8 @@ class Loader:
             empty = [name for name, tensor in module.named_parameters() if tensor.is_meta]
             if empty:
                 raise ValueError(f"it lacks {len(empty)} tensors, {empty[0]} among them")
+            if packed and (odd := next(_packed_elsewhere(module), None)):
+                raise ValueError(f"its tensor {odd} is quantised, and only linear layers can compute with such")
             return module
 
         return self._settled(load_part(self.card, file.parent, file.name, load), options)
@@ -199,3 +201,14 @@ class Loader:
                 f"model {self.card.name}: {where} lacks {len(missing)} of its tensors, {missing[0]} among them; fetch the "
                 f"weights again, or mend the card"
             )
+
+
+def _packed_elsewhere(module: nn.Module) -> Iterator[str]:
+    """Names of quantised tensors of a GGUF file that are no linear layer's weight."""
+    from diffusers.quantizers.gguf.utils import UNQUANTIZED_TYPES, GGUFLinear, GGUFParameter
+
+    for owner, part in module.named_modules():
+        for name, tensor in part.named_parameters(recurse=False):
+            quantised = isinstance(tensor, GGUFParameter) and tensor.quant_type not in UNQUANTIZED_TYPES
+            if quantised and not (isinstance(part, GGUFLinear) and name == "weight"):
+                yield f"{owner}.{name}" if owner else name

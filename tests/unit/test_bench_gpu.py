@@ -11,6 +11,7 @@ from gguf import quants
 
 from farm.bench import giants, gpu
 from farm.bench.gpufigures import Case, Row, idle_share, memory_table, peer_table, ratios
+from farm.bench.gpugains import OWN
 from farm.modelcard import find_card
 from farm.needs import needs_of
 from farm.settings import load_settings
@@ -34,6 +35,7 @@ def test_a_model_is_written_measured_and_compared(
 ) -> None:
     monkeypatch.setattr(gpu, "OTHER_BUDGETS_GIB", (64.0,))
     monkeypatch.setattr(gpu, "TINY_CASES", (Case(64, 48, 2),))
+    monkeypatch.setattr("farm.models.acceleration.COMPILER", {"backend": "eager"})  # half a minute less
     gpu.main(["--tiny", "--model", model, "--folder", str(folder)])
     said = capsys.readouterr().out
     found = json.loads(said.splitlines()[-1])
@@ -48,8 +50,33 @@ def test_a_model_is_written_measured_and_compared(
     assert [each["failed"] for each in found["peers"]] == [None]
     assert found["peers"][0]["ratio"] > 0
     assert {each["held"] for each in found["checks"]} == {True}
-    assert len(found["checks"]) == (4 if model == "qwen-image-2512" else 3)
+    assert len(found["checks"]) == (5 if model == "qwen-image-2512" else 3)
     assert found["environment"]["gpu"] == "none"
+    ways = {each["way"]: each for each in found["gains"]}
+    assert ways[OWN]["gain"] == 1.0
+    assert ways[OWN]["apart"] == 0.0
+    for way in ("compiled blocks", "batches of 4"):
+        assert ways[way]["failed"] is None
+        assert ways[way]["gain"] > 0
+        assert ways[way]["apart"] < 0.5
+    if model != "newbie-image-exp0.1":
+        assert "cannot be drawn on cpu" in ways["attention _native_cudnn"]["failed"]
+    if model == "qwen-image-2512":
+        assert ways["denoiser in nf4 in place of GGUF"]["failed"] == "on a CPU nothing is quantised as it loads"
+
+
+def test_a_denoiser_that_is_a_gguf_file_is_written_whole_beside_the_same_other_parts(tmp_path: Path) -> None:
+    card = find_card("qwen-image-2512", load_settings())
+    giant = giants.write_giant(card, tmp_path, tiny=True, device="cpu", say=lambda text: None)
+    whole = giants.unquantised(giant, say=lambda text: None)
+    where = Path(str(whole.source.path))
+    assert whole.denoiser is None
+    assert (where / "vae").resolve() == (tmp_path / "qwen-image-2512-tiny" / "vae")
+    assert [file.name for file in (where / "transformer").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.safetensors"
+    ]
+    assert not (tmp_path / "qwen-image-2512-tiny" / "transformer").exists()
+    assert giants.unquantised(giant, say=lambda text: None) == whole
 
 
 def test_a_part_that_was_written_is_kept(tmp_path: Path) -> None:

@@ -92,6 +92,26 @@ def test_a_gguf_denoiser_draws_as_the_tensors_that_its_blocks_stand_for(folder: 
     assert type(quantised).__name__ == "GGUFLinear"
 
 
+def test_a_quantised_tensor_that_nothing_computes_with_is_refused_as_the_model_loads(tmp_path: Path) -> None:
+    folder = write_tiny_zimage(tmp_path / "model")
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "z_image")
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        values = tensor.numpy()
+        if name == "x_pad_token":
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    odd = Denoiser(path=str(tmp_path), file="odd.gguf", format="gguf")
+    family = ZImageFamily(card(folder, denoiser=odd), numerics(), device="cpu", vram_gib=16.0)
+    with pytest.raises(ModelCardError, match=r"odd\.gguf cannot be loaded: .*its tensor x_pad_token is quantised"):
+        family.load()
+
+
 def test_a_denoiser_in_one_file_takes_the_place_of_the_models_own(folder: Path, tmp_path: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors["proj_out.weight"] = 2 * tensors["proj_out.weight"]
