@@ -18,7 +18,7 @@ from farm.placement import ENCODE_GIB, Needs
 from farm.plan import Numerics, drawing_identity
 from farm.records import Profile, WorkingMemory
 from farm.settings import Settings
-from farm.tensorfiles import TensorHead, read_heads
+from farm.tensorfiles import TensorHead, read_heads, without_copies
 from farm.weights import locate_file, locate_source
 
 GIB, MEGAPIXEL = 2**30, 2**20
@@ -45,6 +45,7 @@ NOT_LOADED = frozenset(
         "multi_modal_projector",
         "visual_projection",
         "text_projection",
+        "spiece_model",
     }
 )
 """What the text encoders of the families above have in their files and prompts never use, by a segment of a tensor's name."""
@@ -299,7 +300,10 @@ def _streamed_gib(tensors: Iterable[Sized]) -> float:
 
 def _folder_heads(card: ModelCard, where: Path) -> tuple[TensorHead, ...]:
     files = sorted(where.glob("*.safetensors"))
-    for index in where.glob("*.safetensors.index.json"):
+    indexes = list(where.glob("*.safetensors.index.json"))
+    if not indexes:
+        files = without_copies(files)
+    for index in indexes:
         named = set(_json(card, index).get("weight_map", {}).values())
         missing = sorted(named - {file.name for file in files})
         if missing:

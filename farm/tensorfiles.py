@@ -6,7 +6,7 @@ Reads no tensor, imports no torch. A file that is cut off, or is no such file, i
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -54,7 +54,14 @@ GGUF_NAMES = {
 GGUF_VALUES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a metadata value by its type; strings (8) and arrays (9) say their own length."""
 GGUF_STRING, GGUF_ARRAY, GGUF_UINT32 = 8, 9, 4
+USUAL_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 AGAIN, OTHER = "fetch the weights again", "choose another file of this model"
+
+
+def without_copies(files: Sequence[Path]) -> list[Path]:
+    """Of a part's files that no index names, return the one of the usual name, or all where there is none: authors put the same
+    weights beside it, named for other programs."""
+    return [file for file in files if file.name in USUAL_NAMES] or list(files)
 
 
 @dataclass(frozen=True, slots=True)

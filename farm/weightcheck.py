@@ -15,7 +15,7 @@ from farm.errors import FarmError, ModelCardError
 from farm.modelcard import ModelCard
 from farm.needs import folders_of
 from farm.settings import Settings
-from farm.tensorfiles import TensorHead, read_heads
+from farm.tensorfiles import TensorHead, read_heads, without_copies
 from farm.weights import are_here, locate_file, locate_source, sources_of
 from farm.yamlfile import shown
 
@@ -153,6 +153,8 @@ def _folder(card: ModelCard, name: str, folder: Path) -> PartReport:
         there = {file.name for file in files}
         faults += [f"{folder / shard} is not there; fetch the weights again" for shard in shards if shard not in there]
         files = [file for file in files if file.name in shards]
+    else:
+        files = without_copies(files)
     if not files and not faults:
         pickled = [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLES]
         only = f", only {pickled[0]}, and pickles are not read" if pickled else ""

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, Gemma3TextModel, JinaEmbeddingsV3Config, JinaEmbeddingsV3Model
 
 from farm.errors import ModelCardError
+from farm.tensorfiles import USUAL_NAMES, without_copies
 
 SYSTEM_PROMPT = (
     "You are an assistant designed to generate high-quality anime images with the highest degree of image-text alignment "
@@ -51,6 +52,7 @@ class Gemma(Gemma3TextModel):  # type: ignore[misc]
         r"^(model\.)?vision_tower\.",
         r"^(model\.)?multi_modal_projector\.",
         r"lm_head\.",
+        r"^spiece_model$",
     )
 
     @classmethod
@@ -58,6 +60,9 @@ class Gemma(Gemma3TextModel):  # type: ignore[misc]
         """Load it from a folder of all of Gemma 3. `options` are transformers'."""
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         language = getattr(config, "text_config", config)
+        files = safetensors_in(folder)
+        if len(files) == 1 and files[0].name not in USUAL_NAMES:
+            language.transformers_weights = files[0].name  # as its authors named it, for another program
         return super().from_pretrained(folder, config=language, key_mapping=GEMMA_PREFIX, **options)
 
 
@@ -126,7 +131,7 @@ def safetensors_in(folder: Path) -> list[Path]:
     for index in folder.glob("*.safetensors.index.json"):
         weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return [folder / name for name in sorted(set(weights.values()))]
-    return sorted(folder.glob("*.safetensors"))
+    return without_copies(sorted(folder.glob("*.safetensors")))
 
 
 def _text_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

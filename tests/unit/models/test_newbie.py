@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from farm.cardparts import Denoiser, Source
 from farm.engine import Engine, Picture
@@ -18,8 +19,11 @@ from farm.models.family import Decoded, open_family
 from farm.models.newbie import NewBieFamily
 from farm.models.newbie_recipe import Recipe, recipe_of
 from farm.models.newbie_text import SYSTEM_PROMPT
+from farm.needs import needs_of
 from farm.placement import DRAWING
 from farm.plan import ImageSpec
+from farm.settings import Settings
+from farm.weightcheck import check_weights
 from tests.drawing import numerics, spec
 from tests.newbie import as_published, newbie_card, write, write_tiny_newbie
 
@@ -298,6 +302,32 @@ def test_an_option_out_of_bounds_is_refused(folder: Path, options: dict[str, Any
 
 def test_without_options_the_recipe_is_the_published_one(folder: Path) -> None:
     assert recipe_of(newbie_card(folder, options={"encoder_on": "cpu"})) == Recipe(6.0, 1.0, 1.0, SYSTEM_PROMPT)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside the usual names"])
+def test_text_encoders_named_for_another_program_are_found_and_counted_once(
+    folder: Path, family: NewBieFamily, tmp_path: Path, beside: bool
+) -> None:
+    """As the authors publish them: a file for each, in another program's names, with a tokenizer among the tensors."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    gemma, jina = copy / "text_encoder", copy / "text_encoder_2"
+    read = load_file(gemma / "model.safetensors")
+    words = {
+        "model." + name.partition("language_model.")[2].removeprefix("model."): tensor
+        for name, tensor in read.items()
+        if "language_model." in name
+    }
+    save_file({**words, "spiece_model": torch.zeros(9, dtype=torch.uint8)}, gemma / "gemma3-4b-it.safetensors")
+    shutil.copy(jina / "model.safetensors", jina / "jina-clip-v2.safetensors")
+    if not beside:
+        for part in (gemma, jina):
+            (part / "model.safetensors").unlink()
+    specs = [spec(0), spec(1, "a blue star")]
+    assert torch.allclose(latents_of(opened(copy), specs), latents_of(family, specs), atol=1e-4)
+    ours, usual = (needs_of(newbie_card(each), each, dtype="float32", batch=1).encoder_gib for each in (copy, folder))
+    assert ours == pytest.approx(usual)
+    assert [fault for report in check_weights(newbie_card(copy), Settings()) for fault in report.faults] == []
 
 
 def test_missing_broken_and_pickled_weights_are_named(folder: Path, tmp_path: Path) -> None:
