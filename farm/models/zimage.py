@@ -43,22 +43,22 @@ class ZImageFamily(DiffusionFamily):
 
     def _open(self) -> None:
         streams = self.placement is not None and "denoiser" in self.placement.streamed
-        # Blocks come with the stock forward, each step through all of them in order.
-        self._steps = None if streams else StepTransformer(self._modules.denoiser)
+        self._steps = StepTransformer(self._modules.denoiser, keeps=not streams)
         # This pipeline denoises only: its device and dtype are those of the transformer, the one module that it holds.
         pipeline = ZImagePipeline(
             scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=self._modules.denoiser
         )
         pipeline.scheduler = self._new_scheduler()
-        if self._steps is not None:
+        if streams:  # blocks come by hooks of the model itself
+            self._modules.denoiser.forward = self._steps.forward
+        else:
             pipeline.transformer = self._steps
         pipeline.vae_scale_factor = 2 ** (len(self._modules.decoder.config.block_out_channels) - 1)
         pipeline.set_progress_bar_config(disable=True)
         self._pipeline = pipeline
 
     def _forget(self, *, guided: bool = False) -> None:
-        if self._steps is not None:
-            self._steps.forget(guided=guided)
+        self._steps.forget(guided=guided)
 
     def tokenize(self, prompt: str) -> Tokens:
         """Cut a prompt, in the model's chat template, into at most `max_sequence_length` tokens."""

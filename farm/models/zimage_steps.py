@@ -29,11 +29,16 @@ class _Prepared:
 
 
 class StepTransformer(nn.Module):  # type: ignore[misc]
-    """Stands in for the transformer in a ZImagePipeline. Call `forget` before each batch."""
+    """Stands in for the transformer in a ZImagePipeline. Call `forget` before each batch.
 
-    def __init__(self, transformer: ZImageTransformer2DModel):
+    `keeps`: what is the same at every step is computed once. Where blocks come and go it is not, since each step has to go
+    through all of them in order; its numbers are the same.
+    """
+
+    def __init__(self, transformer: ZImageTransformer2DModel, *, keeps: bool = True):
         super().__init__()
         self.transformer = transformer
+        self._keeps = keeps
         self._prepared: _Prepared | None = None
         self._guided = False
 
@@ -72,9 +77,9 @@ class StepTransformer(nn.Module):  # type: ignore[misc]
     ) -> tuple[list[torch.Tensor]]:
         """Predict one step. `images`: channels x 1 x height x width each, all alike; `captions`: tokens x features."""
         model = self.transformer
-        kept = self._prepared
-        if kept is None:
-            kept = self._prepared = self._prepare(images, captions)
+        kept = self._prepared or self._prepare(images, captions)
+        if self._keeps:
+            self._prepared = kept
         # All images of a batch are at the same step: its modulation is one row.
         modulation = model.t_embedder(timestep[:1] * model.t_scale).type_as(images[0])
 
