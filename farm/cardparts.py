@@ -108,6 +108,10 @@ class Acceleration(Card):
             raise wrong("does not go with compile, whose blocks are never left out; keep one", "first_block_cache")
         return self
 
+    def __str__(self) -> str:
+        given = self.model_dump(exclude_defaults=True)
+        return ", ".join(name if value is True else f"{name} {value}" for name, value in given.items()) or "none"
+
 
 PLAIN = Acceleration()
 

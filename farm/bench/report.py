@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from farm.bench.figures import Drawn, Measured, Point, Spread, spread_of, thinned
+from farm.cardparts import PLAIN
 from farm.modelcard import ModelCard
 from farm.needs import MEGAPIXEL, decoded_together, denoised_together
 from farm.plan import Numerics, card_identity, drawing_identity
@@ -243,6 +244,7 @@ def _setup_table(setup: Setup, job: Point) -> str:
         ("machine", f"{about['processor']}, {about['cores']} cores, Python {about['python']}"),
         ("dtype", numerics.dtype),
         ("quantised", quantised),
+        ("acceleration", str(setup.card.acceleration.get(numerics.device, PLAIN))),
         ("picture", f"{job.width}×{job.height}, {job.num_inference_steps} steps, guidance {job.guidance_scale:g}"),
         ("batch of a job", str(job.batch)),
         ("versions", ", ".join(versions)),

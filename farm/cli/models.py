@@ -237,8 +237,7 @@ def _show(card: "ModelCard", weights: str) -> None:
     for part, how in card.quantise.items():
         say(f"  quantised  {part}: {how}")
     for device, accelerated in card.acceleration.items():
-        said = ", ".join(f"{name} {value}" for name, value in accelerated.model_dump(exclude_defaults=True).items())
-        say(f"  quicker    {device}: {said or 'nothing'}")
+        say(f"  quicker    {device}: {accelerated}")
     for option, value in card.options.items():
         say(f"  option     {option}: {value}")
     say(f"  licence    {card.licence}")

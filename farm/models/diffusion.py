@@ -148,10 +148,8 @@ class DiffusionFamily(ABC):
                     if images > 1 and share:
                         self._draw_unseen([short] + [long] * (images - 1), [])
         except (RuntimeError, ValueError) as exc:
-            given = self._acceleration.model_dump(exclude_defaults=True)
             raise ModelCardError(
-                f"model {self._card.name}: with {', '.join(f'{name} {value}' for name, value in given.items())} it cannot be "
-                f"drawn on {self._device.torch}: {type(exc).__name__}: {' '.join(str(exc).split())[:300]}; take it out of the "
+                f"model {self._card.name}: with {self._acceleration} it cannot be drawn on {self._device.torch}: {type(exc).__name__}: {' '.join(str(exc).split())[:300]}; take it out of the "
                 f"card's acceleration"
             ) from exc
         finally:

@@ -184,7 +184,7 @@ def test_what_cannot_be_compiled_is_told_as_the_model_loads(
 
     monkeypatch.setattr("farm.models.acceleration.COMPILER", {"backend": broken})
     with pytest.raises(
-        ModelCardError, match=r"model sketch: with compile True it cannot be drawn on cpu: .*no compiler found"
+        ModelCardError, match=r"model sketch: with compile it cannot be drawn on cpu: .*no compiler found"
     ):
         opened(folders, "qwen-image", compile=True)
     monkeypatch.setattr("farm.models.newbie_transformer.NewBieTransformer._repeated_blocks", ())
