@@ -148,9 +148,10 @@ class DiffusionFamily(ABC):
                     if images > 1 and share:
                         self._draw_unseen([short] + [long] * (images - 1), [])
         except (RuntimeError, ValueError) as exc:
+            line = f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
             raise ModelCardError(
-                f"model {self._card.name}: with {self._acceleration} it cannot be drawn on {self._device.torch}: {type(exc).__name__}: {' '.join(str(exc).split())[:300]}; take it out of the "
-                f"card's acceleration"
+                f"model {self._card.name}: with {self._acceleration} it cannot be drawn on {self._device.torch}: {line}; take it "
+                f"out of the card's acceleration"
             ) from exc
         finally:
             self.recover()
