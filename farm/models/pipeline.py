@@ -43,13 +43,18 @@ class Words(Tokens):
 class PipelineFamily(DiffusionFamily):
     """A pipeline of diffusers on one device."""
 
+    def place(self) -> None:
+        """As any other family's, and it fits whole or not at all."""
+        super().place()
+        if self.placement is not None and (layout := self.placement.layout) != "resident":
+            self.placement = None
+            raise PlacementError(
+                f"model {self._card.name}: family {self._card.family} keeps a whole model on the device, and here it would be "
+                f"{layout}; choose a quantised card, smaller sizes, or a larger GPU"
+            )
+
     def _load_modules(self, folder: Path) -> Modules:
         card, loader = self._card, self._loader
-        if self.placement is not None and self.placement.layout != "resident":
-            raise PlacementError(
-                f"model {card.name}: family {card.family} keeps a whole model on the device, and here it would be "
-                f"{self.placement.layout}; choose a quantised card, smaller sizes, or a larger GPU"
-            )
         kind, parts = _index(card, folder)
         denoiser = next((name for name in DENOISERS if name in parts), None)
         if denoiser is None or "vae" not in parts:
