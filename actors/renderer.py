@@ -14,7 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 from actors.logs import log_to_stderr
 from actors.names import DISPATCHER, NAMESPACE
 from farm import __version__
-from farm.devices import gpu_of, local_device, numerics_for
+from farm.devices import gpu_of, local_device, number_as_nvml, numerics_for
 from farm.errors import FarmUnavailableError
 from farm.lease import Ask, Beat, Completion, GiveBack, Hello, Renewal, Reply
 from farm.ledger import Ledger
@@ -91,6 +91,7 @@ class RendererActor:
         self._lock = _own_device(settings)
         self._settings = settings
         export(settings)
+        number_as_nvml()
         machine = local_device()
         own = gpu_of(machine, _gpu())
         self._renderer = Renderer(

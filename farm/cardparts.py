@@ -79,15 +79,16 @@ Attention = Literal[
     "_native_cudnn",
     "_native_efficient",
     "_native_flash",
-    "_native_math",
-    "flex",
     "flash",
     "_flash_3",
     "sage",
     "xformers",
 ]
-"""Diffusers' names of attention kernels: torch's own, and those of packages that are installed. What would be downloaded to be
-run is left out."""
+"""Diffusers' names of attention kernels: torch's own, and those of packages that are installed.
+
+Left out: what would be downloaded to be run, and what writes out every token's weight for every other (flex, _native_math), which
+at 1024x1024 takes several GiB.
+"""
 
 
 class Acceleration(Card):

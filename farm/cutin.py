@@ -135,6 +135,12 @@ class CutIn:
         """Have the weights of an image on the device in place of the current ones; those of the shard where that fails."""
         found = None
         if image.weights != engine.weights:
+            portion = image.hand.portion
+            try:
+                self._engines.prepare(portion.card, portion.numerics)
+            except FarmError as exc:
+                self._queue.fail(image.weights, exc)
+                return current
             self._engines.leave(current)
             found = self._loaded(image, on_step)
         if found is None:

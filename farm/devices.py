@@ -76,6 +76,11 @@ def local_device() -> DeviceInfo:
     return DeviceInfo("cpu", f"CPU, {cores} cores", (), cores)
 
 
+def number_as_nvml() -> None:
+    """Have CUDA number GPUs as NVML and Ray do, by their places on the bus; before torch starts, in processes that render."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
 def gpu_of(device: DeviceInfo, assigned: str | None) -> Gpu | None:
     """Return the GPU that somebody names by its number on this machine or its UUID; None where it has no such GPU."""
     if assigned is None:

@@ -52,6 +52,7 @@ class Engines:
         self._beside = device.partition(":")[0] == "cpu"
         self._idle: list[Engine] = []  # loaded, the one not used for longest first; so are the kept ones
         self._kept: list[Engine] = []
+        self._placed: list[Engine] = []  # found to fit, nothing of it loaded
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self.loaded_model: str | None = None
@@ -98,6 +99,16 @@ class Engines:
         """Whether an engine over these weights is loaded and not in use."""
         with self._lock:
             return any(engine.weights == weights for engine in self._idle)
+
+    def prepare(self, card: ModelCard, numerics: Numerics) -> None:
+        """Make sure that an engine over these weights can be loaded, before another makes room. Raises what placing raises."""
+        weights = weights_of(card, numerics)
+        with self._lock:
+            known = [*self._idle, *self._kept, *self._placed]
+        if not any(engine.weights == weights for engine in known):
+            engine = self._placed_anew(card, numerics)
+            with self._lock:
+                self._placed = [engine]  # whoever loads it next takes this one
 
     def leave(self, engine: Engine) -> None:
         """Have an engine that is in use make room for another model: it leaves a GPU, and stays loaded on a CPU that holds it."""
@@ -149,20 +160,23 @@ class Engines:
         self, card: ModelCard, numerics: Numerics, fits: Callable[[Engine], bool], *, displaces: bool
     ) -> Engine:
         """An engine that is not on the device: from host memory where it is kept, else from its files."""
-        engine = self._one_of(self._kept, fits)
-        if engine is None:
-            engine = Engine(
-                card,
-                numerics,
-                self._device,
-                self._vram_gib,
-                renderers=self._renderers,
-                measured=self._measured(card, numerics),
-            )
-            engine.place()  # what cannot be loaded makes nobody leave
+        engine = self._one_of(self._kept, fits) or self._one_of(self._placed, fits)
+        engine = engine or self._placed_anew(card, numerics)  # what cannot be loaded makes nobody leave
         self._make_room(displaces=displaces)
         self._load(engine)
         self._trim(displaces=displaces)
+        return engine
+
+    def _placed_anew(self, card: ModelCard, numerics: Numerics) -> Engine:
+        engine = Engine(
+            card,
+            numerics,
+            self._device,
+            self._vram_gib,
+            renderers=self._renderers,
+            measured=self._measured(card, numerics),
+        )
+        engine.place()
         return engine
 
     def _make_room(self, *, displaces: bool) -> None:

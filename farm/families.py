@@ -41,7 +41,7 @@ FAMILIES = {
         quantise=("encoder",),
         acceleration=("compile",),
     ),
-    "diffusers": replace(_ALL, options={}, any_option=True),
+    "diffusers": replace(_ALL, options={}, acceleration=(), any_option=True),
     "sleep": Takes(),
 }
 """Family -> what its cards may have."""

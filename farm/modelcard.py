@@ -189,6 +189,9 @@ class ModelCard(Card):
                     raise wrong(
                         f"the family {self.family} has no such thing; leave it out", "acceleration", device, name
                     )
+            if how.first_block_cache is not None and self.batch.get(device, 1) > 1:
+                said = "leaves out blocks by what all pictures of a batch need together; draw one at a time"
+                raise wrong(f"{said} (batch: {{{device}: 1}})", "acceleration", device, "first_block_cache")
         for part in self.quantise:
             if part not in takes.quantise:
                 raise wrong(f"the family {self.family} does not quantise it; leave it out", "quantise", part)

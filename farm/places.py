@@ -26,7 +26,7 @@ ENTRIES_KEPT = 20_000
 RETRY_S = 1.0
 """The shortest time after which asking again is worth while."""
 UNFIT_S = 300.0
-"""For how long images of a model are kept from a renderer whose device it does not fit; a card may change meanwhile."""
+"""For how long images of a model are kept from a renderer that cannot draw it; its card may change meanwhile."""
 DOUBT_S = 5.0
 """For how long images that lost their renderer are kept from one that lost a seat."""
 RENDERER_START_S = 15.0
@@ -221,7 +221,7 @@ class Places:
         )
 
     def _is_unfit(self, place: Place, model: str, now: float) -> bool:
-        """Whether a model did not fit this very process's device lately."""
+        """Whether this very process could not draw a model lately."""
         found = self._unfit_at.get((place.renderer, place.incarnation, model))
         return found is not None and now - found < UNFIT_S
 

@@ -121,7 +121,7 @@ class Answer:
 
 
 SeatEnd = Literal["done", "lost", "unfit"]
-"""How a seat ended: drawn or given up; its renderer ended, or did not know it; the model does not fit its renderer's device."""
+"""How a seat ended: drawn or given up; its renderer ended, or did not know it; its renderer cannot draw the model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,8 @@ ANNOUNCE_S = 5.0
 """How long a batch that may end this process waits for the dispatcher to know of it."""
 WATCH_S = 1.0
 """How often a renderer looks whether it is stuck."""
+PROFILE_S = 5.0
+"""How long a load waits to learn what was measured of a model."""
 REPORT_S = 5.0
 """How often a renderer tells what it has counted."""
 DEVICE_LOST_EXIT = 70
@@ -452,12 +454,21 @@ class Renderer:
             log.exception("the dispatcher failed on an announcement", extra={"renderer": self.name})
 
     def _measured(self, card: ModelCard, numerics: Numerics) -> WorkingMemory | None:
-        """What `farm bench` measured of a model on such a device; a store that is away is waited for by nobody."""
-        try:
-            return measured_of(self._ledger.profile(card.name, self._device_name), card, numerics)
-        except StoreError as exc:
-            log.warning("profile not read, memory is estimated", extra={"model": card.name, "reason": exc.message})
+        """What `farm bench` measured of a model on such a GPU; a store that is silent is waited for PROFILE_S."""
+        if numerics.device == "cpu":
             return None
+        found: list[WorkingMemory | None] = []
+
+        def read() -> None:
+            try:
+                found.append(measured_of(self._ledger.profile(card.name, self._device_name), card, numerics))
+            except StoreError as exc:
+                log.warning("profile not read, memory is estimated", extra={"model": card.name, "reason": exc.message})
+
+        reading = threading.Thread(target=read, name="profile", daemon=True)
+        reading.start()
+        reading.join(PROFILE_S)
+        return found[0] if found else None
 
     def _runner(self, lease: Lease) -> ShardRunner:
         """The runner of a lease's plan; the last few are kept, with the prompts that they have read."""

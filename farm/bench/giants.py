@@ -113,8 +113,8 @@ def write_giant(card: ModelCard, folder: Path, *, tiny: bool, device: str, say: 
 def unquantised(giant: Giant, *, say: Callable[[str], None]) -> ModelCard:
     """Write the denoiser of a giant that has a GGUF file in bfloat16 too, and return a card of it; the other parts are the same
     files. Its GGUF file goes, since both seldom fit one disk."""
-    where = Path(str(giant.card.source.path))
-    whole = where.with_name(f"{where.name}-whole")
+    where = Path(str(giant.card.source.path)).resolve()
+    whole = whole_folder(where)
     whole.mkdir(exist_ok=True)
     for part in where.iterdir():
         if part.name != "transformer" and not (whole / part.name).exists():
@@ -129,6 +129,11 @@ def unquantised(giant: Giant, *, say: Callable[[str], None]) -> ModelCard:
         writer.module(_qwen_denoiser(size), stem="diffusion_pytorch_model")
         (target / WRITTEN).write_text(json.dumps({"size": size}))
     return giant.card.model_copy(update={"source": Source(path=str(whole)), "denoiser": None})
+
+
+def whole_folder(where: Path) -> Path:
+    """Where a giant's unquantised twin lies."""
+    return where.with_name(f"{where.name}-whole")
 
 
 class _Writer:

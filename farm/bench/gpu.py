@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from farm.bench.environment import environment
-from farm.bench.giants import Giant, prompts, write_giant
+from farm.bench.giants import Giant, prompts, whole_folder, write_giant
 from farm.bench.gpufidelity import Fidelity, draw, line_of, specs_of
 from farm.bench.gpufigures import (
     CONTEXT_GIB,
@@ -374,7 +374,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(tables(bench), flush=True)
             done.append((bench, giant))
             if given.drop:
-                shutil.rmtree(str(giant.card.source.path))
+                where = Path(str(giant.card.source.path))
+                for folder_of_it in (where, whole_folder(where)):
+                    shutil.rmtree(folder_of_it, ignore_errors=True)
     found = {
         "rows": [asdict(row) | {"within": row.within} for bench, _ in done for row in bench.rows],
         "peers": [

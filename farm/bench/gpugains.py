@@ -5,6 +5,7 @@ Beside it stands how far the pictures are from those of that way, which with ran
 and nothing of quality. What cannot be had on this machine is a row that says why.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -74,7 +75,7 @@ def gains_of(
             yield Gain(giant.card.name, case, way.name, failed=exc.message)
             Device(device, vram_gib=vram_gib).recover()
             continue
-        if first is None and gain.seconds_per_image is not None:
+        if way.name == OWN and gain.seconds_per_image is not None:
             first = gain.seconds_per_image, pictures
         yield _beside(first, gain, pictures)
 
@@ -98,9 +99,11 @@ def _ways(giant: Giant, device: str, say: Callable[[str], None]) -> Iterator[Way
 
 
 def _in_nf4(giant: Giant, device: str, say: Callable[[str], None]) -> ModelCard:
-    """Raises FarmError where nothing is quantised as it loads."""
+    """Raises FarmError where nothing is quantised as it loads, before anything is written."""
     if device == "cpu":
         raise FarmError("on a CPU nothing is quantised as it loads")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise FarmError("bitsandbytes is not installed")
     whole = unquantised(giant, say=say)
     return whole.model_copy(update={"quantise": {**whole.quantise, "denoiser": "nf4"}})
 

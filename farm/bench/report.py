@@ -8,6 +8,7 @@ from farm.bench.figures import Drawn, Measured, Point, Spread, spread_of, thinne
 from farm.cardparts import PLAIN
 from farm.modelcard import ModelCard
 from farm.needs import MEGAPIXEL, decoded_together, denoised_together
+from farm.placement import ENCODE_GIB
 from farm.plan import Numerics, card_identity, drawing_identity
 from farm.records import Profile, ShapeSpeed, Stages, WorkingMemory
 
@@ -73,7 +74,10 @@ def profile_of(setup: Setup, measured: Measured) -> Profile:
 
 
 def _working(setup: Setup, measured: Measured) -> WorkingMemory | None:
-    """The most of all shapes, each by the pixels that it had on the device together; None where nothing was measured."""
+    """The most of all shapes, each by the pixels that it had on the device together; None where nothing was measured.
+
+    A prompt's is no less than the estimate: those measured are not the longest.
+    """
     card = setup.card
     points = [point for point in (measured.job, *measured.points) if {"denoise", "decode"} <= point.working_gib.keys()]
     if not points:
@@ -85,7 +89,7 @@ def _working(setup: Setup, measured: Measured) -> WorkingMemory | None:
         steps.append(point.working_gib["denoise"] * MEGAPIXEL / together)
         decodes.append(point.working_gib["decode"] * MEGAPIXEL / decoded_together(pixels, point.batch))
     return WorkingMemory(
-        encode_gib=max(point.working_gib.get("encode", 0.0) for point in points),
+        encode_gib=max(ENCODE_GIB, *(point.working_gib.get("encode", 0.0) for point in points)),
         step_gib=max(steps),
         decode_gib=max(decodes),
         identity=drawing_identity(card, setup.numerics),

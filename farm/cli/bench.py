@@ -77,7 +77,7 @@ def bench(
     from farm.bench.model import SAMPLE_S, Wish, measure
     from farm.bench.report import Setup, profile_of, record_of
     from farm.bench.subjects import prompts_for
-    from farm.devices import local_device, numerics_for
+    from farm.devices import local_device, number_as_nvml, numerics_for
     from farm.engine import EmbeddingCache, Engine
     from farm.manifest import MAX_SEED
     from farm.modelcard import find_card
@@ -93,6 +93,7 @@ def bench(
     settings = options.settings()
     card = pinned(find_card(model, settings), settings=settings)
     params = _params(card, preset)
+    number_as_nvml()
     device = local_device()
     numerics = numerics_for(card, device=device, renderers=1)
     wish = Wish(

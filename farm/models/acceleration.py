@@ -1,7 +1,7 @@
 """What makes a denoiser quicker at the price of its rounding, or more: compiled blocks, an attention kernel, blocks left out.
 
 Bytes follow from the card and a picture's shape, never from what was drawn before: blocks are compiled while the model
-loads, for any size, over pictures that are always the same, with kernels chosen by rule and not by a race between them. A
+loads, for any size, over pictures that are the same for all cards, with kernels chosen by rule and not by a race between them. A
 shape that what was compiled does not take, and there should be none, is computed as if nothing had been compiled.
 """
 
@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 from diffusers.models import attention_dispatch
+from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from torch import nn
 
-from farm.cardparts import PLAIN, Acceleration
+from farm.cardparts import PLAIN, Acceleration, Attention
 from farm.errors import ModelCardError
 
 COMPILER: Mapping[str, Any] = {"backend": "inductor", "options": {"deterministic": True}}
 """What compiles. Deterministic: kernels are chosen by rule, not by a race on the device, whose winner would decide bytes."""
+WITHOUT_MASKS: frozenset[Attention] = frozenset({"_native_flash", "flash", "_flash_3", "sage"})
+"""Kernels that refuse masks (diffusers/models/attention_dispatch.py)."""
 GRAPHS = 64
 """Compiled variants of one block's code that torch keeps: guided or not, with a mask or without, of one picture or several, for
 each of the models that this process has had."""
@@ -64,7 +67,7 @@ def _compile(model: str, denoiser: nn.Module) -> None:
         block.compile(dynamic=True, **COMPILER)
 
 
-def _set_attention(model: str, denoiser: nn.Module, name: str) -> None:
+def _set_attention(model: str, denoiser: nn.Module, name: Attention) -> None:
     """Set it in the modules: diffusers' own switch is one for the whole process."""
     backend = attention_dispatch.AttentionBackendName(name)
     try:
@@ -79,3 +82,32 @@ def _set_attention(model: str, denoiser: nn.Module, name: str) -> None:
         raise ModelCardError(f"model {model}: {type(denoiser).__name__} has no choice of attention; leave it out")
     for processor in found:
         processor._attention_backend = backend
+    if name in WITHOUT_MASKS:
+        for module in denoiser.modules():
+            if isinstance(getattr(module, "processor", None), ZSingleStreamAttnProcessor):
+                module.processor = MaskedNatively(module.processor)
+
+
+class MaskedNatively(ZSingleStreamAttnProcessor):  # type: ignore[misc]
+    """Z-Image's attention with a kernel that takes no masks, and torch's own where there is one.
+
+    There is with guidance, where a prompt and its negative one are not of one length.
+    """
+
+    def __init__(self, without_masks: ZSingleStreamAttnProcessor):
+        super().__init__()
+        self._without_masks = without_masks
+        self._attention_backend = attention_dispatch.AttentionBackendName(PLAIN.attention)
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        freqs_cis: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Arguments as diffusers', which looks them up by their names."""
+        given = (attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
+        out: torch.Tensor = self._without_masks(*given) if attention_mask is None else super().__call__(*given)
+        return out

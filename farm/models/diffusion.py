@@ -8,7 +8,7 @@ float rounding alone.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -30,8 +30,11 @@ from farm.records import WorkingMemory
 from farm.weights import locate
 
 CPU = torch.device("cpu")
-WARM_PX = 512
-"""Side of the pictures that are drawn as an accelerated model loads, where the card has no smaller ones."""
+WARM_PX = 256
+"""Side of the pictures that are drawn as an accelerated model loads, whichever sizes its card allows.
+
+What is compiled keeps a trace of the shapes that it was compiled for: these are the same for every card.
+"""
 WARM_GUIDANCE = 2.0
 """With which every family that guides at all draws guided."""
 WARM_PROMPTS = ("a red circle", "a quiet harbour in the morning, boats, " * 12)
@@ -78,7 +81,11 @@ class DiffusionFamily(ABC):
         Raises ModelCardError for missing or broken weights, PlacementError for what cannot fit.
         """
         if self._loaded:
-            self._settle()
+            try:
+                self._settle()
+            except BaseException:
+                self.park()
+                raise
             return
         try:
             self._load()
@@ -133,10 +140,10 @@ class DiffusionFamily(ABC):
     def _try(self) -> None:
         """Draw pictures that nobody sees: what is compiled is compiled now, for each way through the denoiser, and what cannot
         work on this device is found out before there is a job in hand. Raises ModelCardError."""
-        with_guidance = self._card.defaults.guidance_scale
         try:
             if not self._acceleration.compile:
-                self._draw_unseen([WARM_PROMPTS[0]], [WARM_PROMPTS[0]] if with_guidance else [])
+                self._draw_unseen([WARM_PROMPTS[1]], [])
+                self._draw_unseen([WARM_PROMPTS[1]], [WARM_PROMPTS[0]])
                 return
             short, long = WARM_PROMPTS
             share = self.bucket(self.tokenize(short), None) == self.bucket(self.tokenize(long), None)
@@ -147,7 +154,7 @@ class DiffusionFamily(ABC):
                     self._draw_unseen([long] * images, [short] * images)
                     if images > 1 and share:
                         self._draw_unseen([short] + [long] * (images - 1), [])
-        except (RuntimeError, ValueError) as exc:
+        except (RuntimeError, ValueError, TypeError, ImportError, AssertionError) as exc:
             line = f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
             raise ModelCardError(
                 f"model {self._card.name}: with {self._acceleration} it cannot be drawn on {self._device.torch}: {line}; take it "
@@ -158,8 +165,8 @@ class DiffusionFamily(ABC):
 
     def _draw_unseen(self, prompts: Sequence[str], negative: Sequence[str]) -> None:
         """Denoise a batch of small pictures in two steps."""
-        limits = self._card.limits
-        side = -(-min(limits.min_px, WARM_PX) // limits.multiple_of) * limits.multiple_of
+        multiple = self._card.limits.multiple_of
+        side = -(-WARM_PX // multiple) * multiple
         params = RenderParams(
             width=side, height=side, num_inference_steps=2, guidance_scale=WARM_GUIDANCE if negative else 0.0
         )
@@ -235,8 +242,14 @@ class DiffusionFamily(ABC):
                 for name in names:
                     self._parts[name].move(self._device.torch)
             # Weights are moved outside: a tensor made in inference mode cannot become a parameter's data.
-            with torch.inference_mode(), self._device.watching(phase):
+            with torch.inference_mode(), self._watching(phase):
                 yield
+
+    def _watching(self, phase: Literal["encode", "denoise", "decode"]) -> AbstractContextManager[None]:
+        """Measure a phase whose weights all lie on the device; of a part whose blocks come meanwhile nothing could be told."""
+        part = {"encode": "encoder", "denoise": "denoiser", "decode": "decoder"}[phase]
+        comes = self.placement is not None and part in self.placement.streamed
+        return nullcontext() if comes else self._device.watching(phase)
 
     def watch_memory(self) -> None:
         """Begin to measure, or anew, what each phase takes on a GPU beside the weights."""

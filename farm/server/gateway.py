@@ -14,15 +14,16 @@ from typing import Any, TypeVar
 from farm.errors import (
     BusyError,
     CancelledError,
+    FarmError,
     FarmUnavailableError,
     LimitedError,
-    PlacementError,
     RendererDiedError,
 )
 from farm.manifest import Output
 from farm.meters import Meters
 from farm.plan import ImageSpec
 from farm.portion import HOLD_S, Allowance, Answer, Drawn, Entry, Placing, Portion, Refusal, Seat, SeatEnd
+from farm.retry import RENDERER_CODES
 from farm.server.cards import Ready
 from farm.server.link import FarmLink
 
@@ -32,6 +33,8 @@ T = TypeVar("T")
 
 TRIES = 3
 """How often images are brought to another renderer when theirs has ended."""
+MOST_UNFIT = 16
+"""How many renderers that cannot draw a model are asked: what is wrong with the card is wrong everywhere."""
 AWAY_S = 10.0
 """How long a farm that does not answer is waited for: a dispatcher that restarts is back within seconds."""
 AWAY_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -80,8 +83,8 @@ class Gateway:
         """Have an errand's images drawn, in the order of its specs; one that could not be is told with its error code.
 
         Raises LimitedError and BusyError with `retry_after_s` when no seat is given, FarmUnavailableError when the farm
-        stays away, RendererDiedError when every renderer that tried ended, PlacementError when the model fits none of their
-        devices, and what loading the model raises.
+        stays away, RendererDiedError when every renderer that tried ended, and what loading the model raises, where it is a
+        renderer's trouble (it does not fit its device, lacks a package) once all, or many, were asked.
         """
         results: dict[int, Result] = {}
         left = errand.specs
@@ -102,8 +105,8 @@ class Gateway:
                 lost.extend(specs)
                 if isinstance(answer, RendererDiedError):
                     died = answer
-                elif seat.renderer in unfit:
-                    raise answer  # those that it may fit are asked before, so it fits none
+                elif seat.renderer in unfit or len(unfit) == MOST_UNFIT:
+                    raise answer  # those that may do it are asked before, so none can
                 else:
                     unfit.add(seat.renderer)
             if not lost:
@@ -160,9 +163,7 @@ class Gateway:
             raise FarmUnavailableError(placing.refusal.message)  # one that starts, or starts again, is waited for
         return placing
 
-    async def _draw(
-        self, seat: Seat, specs: tuple[ImageSpec, ...], errand: Errand
-    ) -> Answer | RendererDiedError | PlacementError:
+    async def _draw(self, seat: Seat, specs: tuple[ImageSpec, ...], errand: Errand) -> Answer | FarmError:
         """Have one portion drawn; what another renderer may do better is returned and not raised."""
         ready = errand.ready
         portion = Portion(
@@ -183,9 +184,6 @@ class Gateway:
         except RendererDiedError as exc:
             finished, end = True, "lost"
             return exc
-        except PlacementError as exc:
-            finished, end = True, "unfit"
-            return exc
         except CancelledError as exc:
             # By the dispatcher, which gave the seat up, or with a renderer that was retired.
             finished, end = True, "lost"
@@ -193,6 +191,11 @@ class Gateway:
         except FarmUnavailableError as exc:
             end = "lost"
             return RendererDiedError(f"{seat.renderer} does not answer: {exc.message}")
+        except FarmError as exc:
+            if exc.code not in RENDERER_CODES:
+                raise
+            finished, end = True, "unfit"
+            return exc
         finally:
             self._held.discard(seat.token)
             self._tell(self._leave(seat.token, seconds, end=end, drawn_by=None if finished else seat.renderer))

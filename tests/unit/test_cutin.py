@@ -20,6 +20,7 @@ from farm.errors import (
     DeviceLostError,
     ModelCardError,
     OutOfMemoryError,
+    PlacementError,
     RendererDiedError,
     RenderError,
 )
@@ -389,6 +390,26 @@ def test_another_model_that_does_not_load_fails_its_images_and_not_the_shard(
     assert isinstance(wrong.exception(10), ModelCardError)
     assert right.result(10).images[0].error_code is None
     assert (receipt.rows[0].status, engine.loaded) == ("ok", True)
+
+
+def test_another_model_that_fits_nowhere_makes_the_shards_own_not_leave(
+    tmp_path: Path, device: Device, fakes: list[FakeFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, left = loaded(), list[FakeFamily]()
+
+    def place(self: FakeFamily) -> None:
+        if self is not fakes[0]:
+            raise PlacementError("too big")
+
+    def unload(self: FakeFamily) -> None:
+        left.append(self)
+
+    monkeypatch.setattr(FakeFamily, "place", place)
+    monkeypatch.setattr(FakeFamily, "unload", unload)
+    wrong = device.draw(portion("a", card=card(name="other", max_sequence_length=32)))
+    receipt = run_shard(tmp_path, plan(["p"]), engine, device=device)
+    assert isinstance(wrong.exception(10), PlacementError)
+    assert (receipt.rows[0].status, engine.loaded, left) == ("ok", True, [])
 
 
 def test_what_needs_the_encoder_waits_for_the_end_of_the_batch_and_what_is_encoded_does_not(

@@ -113,6 +113,26 @@ def test_a_model_that_fits_nowhere_makes_nobody_leave(families: list[Weighty], m
     assert (len(some), some.kept, families[0].loaded) == (1, (), True)
 
 
+def test_a_model_that_was_prepared_is_placed_once_and_makes_nobody_leave_before_it_is_taken(
+    families: list[Weighty], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some, placed = gpu_engines(), list[Weighty]()
+
+    def place(self: Weighty) -> None:
+        placed.append(self)
+
+    monkeypatch.setattr(Weighty, "place", place)
+    some.give_back(some.take(card(), GPU))
+    some.prepare(other(), GPU)
+    some.prepare(other(), GPU)
+    assert ([family.loads for family in families], len(some)) == ([1, 0], 1)
+    taken = some.take_weights(other(), GPU)
+    assert (taken.loaded, [family.loads for family in families], placed) == (True, [1, 1], families)
+    some.give_back(taken)
+    some.prepare(other(), GPU)
+    assert len(families) == 2
+
+
 def test_what_was_measured_of_a_models_memory_reaches_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
     working = WorkingMemory(encode_gib=0.1, step_gib=0.2, decode_gib=0.3, identity="x")

@@ -356,6 +356,9 @@ def test_options_are_those_of_the_family(tmp_path: Path, options: str, message: 
             "acceleration.cpu.attention: the family newbie has no such thing; leave it out",
         ),
         ("qwen-image", "{cuda: {compile: true, first_block_cache: 0.1}}", "does not go with compile"),
+        ("qwen-image", "{cpu: {first_block_cache: 0.1}}", "draw one at a time (batch: {cpu: 1})"),
+        ("diffusers", "{cuda: {compile: true}}", "acceleration.cuda.compile: the family diffusers has no such thing"),
+        ("z-image", "{cuda: {attention: flex}}", "acceleration.cuda.attention: must be"),
         ("qwen-image", "{cuda: {first_block_cache: 0}}", "acceleration.cuda.first_block_cache: must be"),
         ("qwen-image", "{cuda: {compiled: true}}", "did you mean compile?"),
     ],
@@ -364,8 +367,9 @@ def test_acceleration_is_of_the_family_and_downloads_no_code(
     tmp_path: Path, family: str, given: str, message: str
 ) -> None:
     text = TEXT.replace("family: z-image", f"family: {family}")
-    found = load_card(write(tmp_path, text + "acceleration: {cuda: {compile: true}}")).acceleration
-    assert found == {"cuda": Acceleration(compile=True)}
+    if family != "diffusers":
+        found = load_card(write(tmp_path, text + "acceleration: {cuda: {compile: true}}")).acceleration
+        assert found == {"cuda": Acceleration(compile=True)}
     with pytest.raises(ModelCardError) as caught:
         load_card(write(tmp_path, f"{text}acceleration: {given}"))
     assert message in caught.value.message

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 
 from farm.drawing import Cancelled, NoAside
 from farm.engine import Engine, OnStep, Picture
 from farm.errors import CancelledError, ObjectMissingError
 from farm.ledger import Ledger
-from farm.models.device import Streamed
+from farm.models.device import Part, Streamed
 from farm.models.diffusion import DiffusionFamily
 from farm.models.family import open_family
 from farm.placement import ALL, DECODER, DENOISER, DRAWING, ENCODER, Placement
@@ -54,6 +55,23 @@ PLACEMENTS = {
 }
 
 
+class Tracked(Part):
+    """A part that says whether it was brought to the device, which on a CPU is no other place, and computes nowhere else."""
+
+    def __init__(self, module: nn.Module, *, pin: bool = False):
+        super().__init__(module)
+        self.there, self.anywhere = False, False
+        for leaf in module.modules():
+            if not list(leaf.children()):
+                leaf.register_forward_pre_hook(self._look)
+
+    def move(self, device: torch.device) -> None:
+        self.there = device.index is not None  # "cpu:0" is the device, and "cpu" is host memory
+
+    def _look(self, leaf: nn.Module, given: Any) -> None:
+        assert self.there or self.anywhere, f"{type(leaf).__name__} computes while it is off the device"
+
+
 @pytest.fixture(scope="module", params=WRITERS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return request.param, WRITERS[request.param](tmp_path_factory.mktemp("model"))
@@ -67,11 +85,14 @@ def opened(model: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> Callable
 
     def open_placed(placement: Placement) -> Engine:
         monkeypatch.setattr("farm.models.diffusion.place", lambda *_, **__: placement)
+        monkeypatch.setattr("farm.models.diffusion.Part", Tracked)
         described = card(folder, family=kind)
-        family = open_family(described, numerics(), device="cpu", vram_gib=16.0)
-        engine = Engine(described, numerics(), "cpu", 16.0, family=family)
+        family = open_family(described, numerics(), device="cpu:0", vram_gib=16.0)
+        engine = Engine(described, numerics(), "cpu:0", 16.0, family=family)
         engine.load()
         assert isinstance(family, DiffusionFamily)
+        if placement.on_cpu:
+            cast(Tracked, family._parts["encoder"]).anywhere = True
         if placement.streamed:
             Streamed(family._modules.denoiser).stream_to(torch.device("cpu"))  # `move` streams to GPUs alone
         return engine
@@ -83,6 +104,12 @@ def run(store: Ledger, planned: Plan, engine: Engine, **changes: Any) -> Receipt
     arguments: dict[str, Any] = {"pass_number": 1, "shard": 0, "attempt": 1, "on_device": on_device()}
     runner = ShardRunner(store, planned, renderer="renderer-1", device="cpu")
     return runner.run(**arguments | {"engine": lambda _: engine} | changes)
+
+
+def parts_of(engine: Engine) -> dict[str, Part | Streamed]:
+    family = engine._family
+    assert isinstance(family, DiffusionFamily)
+    return family._parts
 
 
 def digests(receipt: Receipt) -> list[str | None]:
@@ -110,7 +137,8 @@ def test_every_placement_ends_in_the_same_pictures_and_a_receipt_that_names_them
     found: dict[str, list[str | None]] = {}
     for name, placement in PLACEMENTS.items():
         store = ledger(tmp_path / name)
-        receipt = run(store, planned, opened(placement))
+        engine = opened(placement)
+        receipt = run(store, planned, engine)
         assert store.receipt(planned, 1, 0) == receipt
         assert [(row.index, row.status, row.error_code) for row in receipt.rows] == [(i, "ok", None) for i in range(6)]
         for row in receipt.rows:
@@ -118,6 +146,8 @@ def test_every_placement_ends_in_the_same_pictures_and_a_receipt_that_names_them
             assert read_provenance(store.store.get(row.object)).prompt == PROMPTS[row.index]
         assert min(receipt.seconds[stage] for stage in ("encode", "denoise", "decode")) > 0
         found[name] = digests(receipt)
+        parts = {part: tracked for part, tracked in parts_of(engine).items() if isinstance(tracked, Tracked)}
+        assert {part for part, tracked in parts.items() if tracked.there} == placement.decode & parts.keys()
     assert {name for name, pictures in found.items() if pictures != found["resident"]} == set()
     assert len(set(found["resident"])) == len(PROMPTS)
 

@@ -404,6 +404,29 @@ def test_a_model_that_was_parked_comes_back_without_its_files(folder: Path, tmp_
     assert np.array_equal(before[0].pixels, after[0].pixels)
 
 
+def test_what_came_back_half_way_leaves_the_device_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = ZImageFamily(card(folder), numerics(), device="cpu:0", vram_gib=16.0)
+    family.load()
+    moves: list[str] = []
+
+    class Full:
+        nbytes = 0
+
+        def __init__(self, name: str):
+            self.name = name
+
+        def move(self, device: torch.device) -> None:
+            moves.append(f"{self.name} to {device}")
+            if (self.name, device.index) == ("decoder", 0):
+                raise torch.OutOfMemoryError("no room")
+
+    family._parts = {name: Full(name) for name in ("encoder", "denoiser", "decoder")}  # type: ignore[misc]
+    assert family.park()
+    with pytest.raises(OutOfMemoryError):
+        family.load()
+    assert moves[-3:] == ["encoder to cpu", "denoiser to cpu", "decoder to cpu"]
+
+
 @pytest.mark.parametrize("steps", [1, 8])
 def test_a_step_is_one_pass_of_the_denoiser_and_the_last_one_comes_from_the_lowest_level(
     family: ZImageFamily, steps: int

@@ -15,6 +15,7 @@ from farm.errors import (
     ModelCardError,
     PlacementError,
     RendererDiedError,
+    RenderError,
 )
 from farm.manifest import Output
 from farm.meters import Meters
@@ -22,7 +23,7 @@ from farm.modelcard import find_card
 from farm.plan import ImageSpec
 from farm.portion import Allowance, Answer, Drawn, Entry, Placing, Portion, Refusal, Seat, SeatEnd
 from farm.server.cards import Ready
-from farm.server.gateway import AWAY_S, TRIES, Errand, Gateway, Result
+from farm.server.gateway import AWAY_S, MOST_UNFIT, TRIES, Errand, Gateway, Result
 from farm.settings import Settings
 from farm.tally import Snapshot
 from tests.unit.virtual import run
@@ -172,11 +173,11 @@ def test_images_that_end_one_renderer_after_another_are_given_up():
 
 
 def test_an_error_of_one_portion_ends_the_others():
-    farm = Farm(seats(1, 1), drawing=[ModelCardError("no weights"), 60.0])
+    farm = Farm(seats(1, 1), drawing=[RenderError("a broken step"), 60.0])
 
     async def main() -> None:
         one = gateway(farm)
-        with pytest.raises(ModelCardError, match="no weights"):
+        with pytest.raises(RenderError, match="a broken step"):
             await one.run(errand(2))
         await one.close()
         assert asyncio.get_running_loop().time() < 50
@@ -190,9 +191,10 @@ def test_an_error_of_one_portion_ends_the_others():
     ]
 
 
-def test_what_does_not_fit_one_device_is_drawn_on_another():
+@pytest.mark.parametrize("trouble", [PlacementError("too big"), ModelCardError("flash is not installed here")])
+def test_what_one_renderer_cannot_draw_is_drawn_by_another(trouble):
     small = Placing((Seat("small", "renderer-7", 1),))
-    farm = Farm(small, drawing=[PlacementError("too big"), 0.0])
+    farm = Farm(small, drawing=[trouble, 0.0])
     assert [one.renderer for one in sent(farm)] == ["renderer-0"]
     assert farm.ended == [("small", "unfit")]
     assert [entry.again for entry in farm.entries] == [False, True]
@@ -203,6 +205,13 @@ def test_what_fits_no_device_is_told_once_all_were_asked():
     farm = Farm(*pool, drawing=[PlacementError(f"too big for {at}") for at in range(9)])
     assert refusal_of(farm, PlacementError).message == "too big for 4"
     assert len(farm.entries) == 5
+
+
+def test_what_is_wrong_everywhere_is_not_asked_of_everybody():
+    pool = [Placing((Seat(f"s{at}", f"renderer-{at}", 1),)) for at in range(99)]
+    farm = Farm(*pool, drawing=[ModelCardError("no weights")] * 99)
+    assert refusal_of(farm, ModelCardError).message == "no weights"
+    assert len(farm.entries) == MOST_UNFIT + 1
 
 
 def gone_after(farm: Farm, seconds: float, then: Callable[[], None] = lambda: None) -> None:
