@@ -31,7 +31,7 @@ def compare(request: Request, table: PromptTable, plans: Sequence[Plan], ledger:
     """Compare what a manifest asks for with what its job was planned from; drawn values have no part in it."""
     plan = plans[-1]
     changes = [
-        *_changes("model", card_identity(plan.card), card_identity(request.card)),
+        *_changes("model", *(card_identity(one.card, plan.numerics.device) for one in (plan, request))),
         *_changes("params", plan.params.model_dump(), request.params.model_dump()),
         *_changes("seeds", _seed_wish(plan.manifest), _seed_wish(request.manifest)),
         *_changes("output", plan.output.model_dump(), request.manifest.output.model_dump()),
@@ -94,7 +94,7 @@ def _prompt_changes(
 def plan_differences(a: Plan, b: Plan) -> tuple[str, ...]:
     """Return in what two plans' models, numerics and output differ; parameters are a picture's own, and none of this."""
     return (
-        *_changes("model", card_identity(a.card), card_identity(b.card)),
+        *_changes("model", *(card_identity(one.card, one.numerics.device) for one in (a, b))),
         *(f"numerics.{one}" for one in numerics_differences(a.numerics, b.numerics)),
         *_changes("output", a.output.model_dump(), b.output.model_dump()),
     )

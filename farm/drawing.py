@@ -267,7 +267,7 @@ class Drawing:
                 self.failures[index] = Failure(
                     NAN_PICTURE,
                     f"image {index} came out as no finite numbers (NaN); the model is not sound in this dtype or at "
-                    f"these parameters: change them, then `farm retry`",
+                    f"these parameters: change them, and give the job a new name",
                 )
             else:
                 writer.put(picture)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from farm.cardparts import Source
+from farm.cardparts import PLAIN, Source
 from farm.errors import CancelledError, FarmError, NumericsError, RenderError
 from farm.modelcard import ModelCard
 from farm.models.family import Embedding, Family, Tokens, Within, open_family
@@ -99,7 +99,8 @@ class Weights:
 def weights_of(card: ModelCard, numerics: Numerics) -> Weights:
     """Return what a card's images are drawn with; where the revision is known the path has no part in it."""
     named: dict[str, Any] = {"denoiser": card.denoiser, "decoder": card.decoder, "scheduler": card.scheduler}
-    named["acceleration"] = card.acceleration.get(numerics.device)
+    if (how := card.acceleration.get(numerics.device, PLAIN)) != PLAIN:
+        named["acceleration"] = how
     named |= {f"quantise.{part}": how for part, how in sorted(card.quantise.items())}
     named |= {f"adapters.{adapter.name}": adapter for adapter in card.adapters}
     named |= {f"options.{name}": value for name, value in sorted(card.options.items())}

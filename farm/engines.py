@@ -146,7 +146,8 @@ class Engines:
                 found = self._one_of(self._idle, fits)  # who loaded before may have given back what is wanted
                 if found is None:
                     return self._brought(card, numerics, fits, displaces=displaces)
-        self.loaded_model = found.card.name
+        if self.loaded_model != found.card.name:
+            self.loaded_model, self.load_s = found.card.name, 0.0  # it was loaded before, and that was told then
         return found
 
     def _one_of(self, engines: list[Engine], fits: Callable[[Engine], bool]) -> Engine | None:

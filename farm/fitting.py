@@ -3,6 +3,7 @@
 Reads headers of weights that are on this machine, and asks no network. Imports no torch.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,16 +18,13 @@ from farm.settings import Settings
 from farm.weights import are_here, locate
 
 SOONER: dict[Within, int] = {"nothing": 0, "encoded": 1, "anything": 2}
-OLDER = {
-    "T4": (7, 5),
-    "RTX 20": (7, 5),
-    "QUADRO RTX": (7, 5),
-    "GTX": (7, 5),
-    "V100": (7, 0),
-    "P100": (6, 0),
-    "P40": (6, 1),
-}
-"""Words in names of GPUs that only emulate bfloat16, and their compute capability; all others count as 8.0 and newer."""
+OLDER = (
+    (re.compile(r"\b(T4G?|T1000|T1200|T[456]00|RTX 20[678]0|QUADRO RTX|TITAN RTX|GTX)\b"), (7, 5)),
+    (re.compile(r"\b(V100S?|TITAN V|GV100)\b"), (7, 0)),
+    (re.compile(r"\b(P100|P40|P4|P6|TITAN XP?|M40|M60|M10|K80|K40)\b"), (6, 1)),
+)
+"""Names of GPUs that only emulate bfloat16, or do not even that, and the compute capability that they have at most; others count
+as 8.0 and newer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +56,7 @@ def asked_device(names: Sequence[str], *, vram_gib: float | None, here: DeviceIn
         if not (colon and title.strip() and 0 < gib < 10_000):
             raise SettingsError(f"--device {name}: write its name and its memory in GiB, as --device 'RTX 4060 Ti:16'")
         upper = title.upper()
-        capability = next((older for words, older in OLDER.items() if words in upper), (8, 0))
+        capability = next((older for names, older in OLDER if names.search(upper)), (8, 0))
         gpus.append(Gpu("", title.strip(), int(gib * GIB), capability))
     return DeviceInfo("cuda", gpus[0].name, tuple(gpus), here.cores)
 

@@ -128,7 +128,7 @@ def needs_of(
     pixels = limit if at_most else drawn.width * drawn.height
     guided = at_most or drawn.guidance_scale > 0
     working = measured or _estimated(card, dtype)
-    largest_decode_gib = working.decode_gib * max(DECODE_PIXELS, limit) / MEGAPIXEL
+    largest_decode_gib = working.decode_gib * decoded_together(limit, batch) / MEGAPIXEL
     decode_gib = working.decode_gib * decoded_together(pixels, batch) / MEGAPIXEL
     gguf_gib = GGUF_STEP_GIB if gguf and measured is None else 0.0
     return Needs(

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from farm.cardparts import Source
+from farm.cardparts import PLAIN, Source
 from farm.errors import ManifestError, NewerVersionError
 from farm.manifest import MAX_SEED, Manifest, Output
 from farm.modelcard import ModelCard, ParamOverrides, RenderParams, merged
@@ -181,7 +181,7 @@ class Plan(Record):
         decides: dict[str, Any] = {
             "prompts": prompts.digest,
             "rows": prompts.rows,
-            "model": card_identity(card),
+            "model": card_identity(card, numerics.device),
             "seeds": seeds.model_dump(mode="json"),
             "sweep": [point.model_dump(mode="json") for point in sweep],
             "params": params.model_dump(mode="json"),
@@ -287,8 +287,8 @@ def mean_work(params: RenderParams, points: Sequence[ParamOverrides]) -> float:
     return sum(one.width * one.height * one.num_inference_steps for one in every) / len(every)
 
 
-def card_identity(card: ModelCard) -> dict[str, Any]:
-    """Return what of a card decides a pixel: where the revision is known the path has no part in it."""
+def card_identity(card: ModelCard, device: Literal["cuda", "cpu"]) -> dict[str, Any]:
+    """Return what of a card decides a pixel on one kind of device: where the revision is known the path has no part in it."""
     source = card.source
     return {
         "name": card.name,
@@ -297,11 +297,11 @@ def card_identity(card: ModelCard) -> dict[str, Any]:
         "revision": source.revision,
         "path": None if source.revision else source.path,
         "max_sequence_length": card.max_sequence_length,
-        **{name: value for name, value in _other_weights(card).items() if value},
+        **{name: value for name, value in _other_weights(card, device).items() if value},
     }
 
 
-def _other_weights(card: ModelCard) -> dict[str, Any]:
+def _other_weights(card: ModelCard, device: Literal["cuda", "cpu"]) -> dict[str, Any]:
     """What of a card is laid over its source, or set in its family; empty where it is nothing."""
 
     def identity(source: Source) -> dict[str, Any]:
@@ -317,9 +317,7 @@ def _other_weights(card: ModelCard) -> dict[str, Any]:
         "quantise": dict(sorted(card.quantise.items())),
         "adapters": [identity(adapter) for adapter in card.adapters],
         "scheduler": card.scheduler and card.scheduler.model_dump(mode="json"),
-        "acceleration": {
-            kind: how.model_dump(exclude_defaults=True) for kind, how in sorted(card.acceleration.items())
-        },
+        "acceleration": card.acceleration.get(device, PLAIN).model_dump(exclude_defaults=True),
         "options": dict(sorted(card.options.items())),
     }
 
@@ -327,7 +325,7 @@ def _other_weights(card: ModelCard) -> dict[str, Any]:
 def drawing_identity(card: ModelCard, numerics: Numerics) -> str:
     """Return a digest of what is computed with, whatever is drawn: the model, dtype and versions. The batch may differ."""
     return canonical_digest(
-        {"card": card_identity(card), "numerics": numerics.model_dump(exclude={"batch", "threads"})}
+        {"card": card_identity(card, numerics.device), "numerics": numerics.model_dump(exclude={"batch", "threads"})}
     )
 
 

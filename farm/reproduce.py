@@ -44,11 +44,11 @@ def reproduce(picture: PictureFile, card: ModelCard, *, engine: EngineOf, device
     """
     provenance = picture.provenance
     numerics, notes = _numerics_here(provenance.numerics, device)
-    if card_identity(card) != provenance.model:
+    if card_identity(card, provenance.numerics.device) != provenance.model:
         changed = sorted(
             name
-            for name, value in (provenance.model | card_identity(card)).items()
-            if (provenance.model.get(name), card_identity(card).get(name)) != (value, value)
+            for name, value in (provenance.model | card_identity(card, provenance.numerics.device)).items()
+            if (provenance.model.get(name), card_identity(card, provenance.numerics.device).get(name)) != (value, value)
         )
         notes.append(f"the model is not the one it was rendered with: {', '.join(changed)} differ")
     if numerics.batch > 1:

@@ -74,7 +74,7 @@ class ShardRunner:
         self._now = now
         self._prompts = PromptReader(plan, ledger)
         self._prompts_lock = threading.Lock()
-        self._model = card_identity(plan.card)
+        self._model = card_identity(plan.card, plan.numerics.device)
 
     def run(
         self,

@@ -257,7 +257,7 @@ def _provenance(portion: Portion, place: int, pixels: str) -> Provenance:
         prompt=spec.prompt,
         seed=spec.seed,
         params=spec.params,
-        model=card_identity(portion.card),
+        model=card_identity(portion.card, portion.numerics.device),
         numerics=portion.numerics,
         plan="",
         format=output.format,

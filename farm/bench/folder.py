@@ -122,7 +122,7 @@ def _file(setup: Setup, picture: Picture) -> bytes:
         prompt=spec.prompt,
         seed=spec.seed,
         params=spec.params,
-        model=card_identity(setup.card),
+        model=card_identity(setup.card, setup.numerics.device),
         numerics=setup.numerics.model_copy(update={"batch": 1}),
         plan="",
         format="png",

@@ -351,6 +351,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = given.parts.split(",")
     if unknown := sorted(set(parts) - set(ALL_PARTS)):
         parser.error(f"--parts knows {', '.join(ALL_PARTS)}, not {unknown[0]}")
+    if given.images is not None and given.images < 1:
+        parser.error(f"--images must be 1 or more, got {given.images}")
+    if given.folder is not None and given.folder.exists() and not given.folder.is_dir():
+        parser.error(f"--folder {given.folder} is no folder")
     if not given.tiny and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --tiny runs the same code on a CPU")
     folder = given.folder or Path(tempfile.gettempdir()) / "farm-giants"

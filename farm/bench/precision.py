@@ -222,6 +222,10 @@ def main() -> None:
     arguments.add_argument("--prompts", type=int, default=PROMPTS, help="pictures of each denoiser")
     arguments.add_argument("--page", type=Path, help="page to put the figures into")
     given = arguments.parse_args()
+    if given.prompts < 1:
+        arguments.error(f"--prompts must be 1 or more, got {given.prompts}")
+    if given.page and FIGURES not in (given.page.read_text(encoding="utf-8") if given.page.is_file() else ""):
+        arguments.error(f"--page {given.page}: no file with the line {FIGURES!r}, below which the figures go")
     rows = measure(prompts=given.prompts)
     print(table(rows))
     if given.page:

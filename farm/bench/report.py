@@ -99,7 +99,7 @@ def _working(setup: Setup, measured: Measured) -> WorkingMemory | None:
 def record_of(setup: Setup, measured: Measured) -> dict[str, Any]:
     """Return everything as JSON values, the memory's samples thinned."""
     return {
-        "model": card_identity(setup.card),
+        "model": card_identity(setup.card, setup.numerics.device),
         "device": setup.device,
         "vram_gib": setup.vram_gib,
         "numerics": setup.numerics.model_dump(mode="json"),

@@ -68,6 +68,9 @@ def plan(
     request = read_request(manifest, settings, device=pool)
     ledger = options.open_ledger(settings)
     placements = _placements(request, settings, ledger, pool=pool, elsewhere=bool(device))
+    able = _able(pool, placements or ())
+    if able != pool:
+        request = read_request(manifest, settings, device=able)  # time is reckoned on those that can draw it
     found = draft(request, ledger, now=now_iso())
     warn(found.warnings)
     if options.json:
@@ -75,6 +78,19 @@ def plan(
     else:
         _show(request, found, placements)
     return Exit.OK
+
+
+def _able(pool: "DeviceInfo", placements: "tuple[Fit, ...]") -> "DeviceInfo":
+    """A pool without the GPUs that cannot draw the model. Raises PlacementError where none can."""
+    from dataclasses import replace
+
+    from farm.errors import PlacementError
+
+    refused = {fit.device: fit.refusal or "" for fit in placements if fit.placement is None}
+    if refused and len(refused) == len(placements):
+        raise PlacementError(next(iter(refused.values())))
+    able = tuple(gpu for gpu in pool.gpus if gpu.name not in refused)
+    return replace(pool, name=able[0].name, gpus=able) if refused else pool
 
 
 def _placements(

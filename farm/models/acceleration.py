@@ -23,9 +23,9 @@ COMPILER: Mapping[str, Any] = {"backend": "inductor", "options": {"deterministic
 """What compiles. Deterministic: kernels are chosen by rule, not by a race on the device, whose winner would decide bytes."""
 WITHOUT_MASKS: frozenset[Attention] = frozenset({"_native_flash", "flash", "_flash_3", "sage"})
 """Kernels that refuse masks (diffusers/models/attention_dispatch.py)."""
-GRAPHS = 64
+GRAPHS = 4096
 """Compiled variants of one block's code that torch keeps: guided or not, with a mask or without, of one picture or several, for
-each of the models that this process has had."""
+each card that this process has had, since adapters differ too. One more fails to load, and is not computed otherwise."""
 
 
 def accelerate(model: str, denoiser: nn.Module, how: Acceleration) -> None:
@@ -47,7 +47,9 @@ def forget_blocks(denoiser: nn.Module, how: Acceleration) -> None:
 @contextmanager
 def compiling() -> Iterator[None]:
     """Let blocks be compiled within; nothing is compiled elsewhere. One thread at a time."""
-    with torch.compiler.set_stance("default"), warnings.catch_warnings():
+    # Two sides that happen to be equal in the pictures drawn meanwhile are not taken to be equal in all.
+    unequal = torch.fx.experimental._config.patch(use_duck_shape=False)
+    with torch.compiler.set_stance("default"), unequal, warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Torchinductor does not support code generation for complex operators"
         )
@@ -61,7 +63,8 @@ def _compile(model: str, denoiser: nn.Module) -> None:
         raise ModelCardError(
             f"model {model}: {type(denoiser).__name__} names no repeated blocks to compile; take compile out of the card"
         )
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch.compiler.set_stance("eager_on_recompile")
     for block in blocks:
         block.compile(dynamic=True, **COMPILER)
@@ -74,7 +77,8 @@ def _set_attention(model: str, denoiser: nn.Module, name: Attention) -> None:
         attention_dispatch._check_attention_backend_requirements(backend)
     except RuntimeError as exc:
         raise ModelCardError(
-            f"model {model}: attention {name} cannot be used here: {exc}; install it, or take another kernel"
+            f"model {model}: attention {name} cannot be used here: {exc}; install it, or take another kernel and "
+            f"give the job a new name"
         ) from exc
     processors = [processor for module in denoiser.modules() if (processor := getattr(module, "processor", None))]
     found = [processor for processor in processors if hasattr(processor, "_attention_backend")]

@@ -154,11 +154,11 @@ class DiffusionFamily(ABC):
                     self._draw_unseen([long] * images, [short] * images)
                     if images > 1 and share:
                         self._draw_unseen([short] + [long] * (images - 1), [])
-        except (RuntimeError, ValueError, TypeError, ImportError, AssertionError) as exc:
+        except (RuntimeError, ValueError, TypeError, ImportError, AssertionError, OSError) as exc:
             line = f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
             raise ModelCardError(
                 f"model {self._card.name}: with {self._acceleration} it cannot be drawn on {self._device.torch}: {line}; take it "
-                f"out of the card's acceleration"
+                f"out of the card's acceleration, and give the job a new name"
             ) from exc
         finally:
             self.recover()

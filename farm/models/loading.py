@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -24,11 +25,18 @@ from farm.models.device import Part
 T = TypeVar("T")
 
 
+_UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError),
+    SafetensorError,
+    SingleFileComponentError,
+)
+
+
 def load_part(card: ModelCard, folder: Path, part: str, load: Callable[[], T]) -> T:
     """Call `load` and turn what it raises about files and shapes into a ModelCardError that names the part."""
     try:
         return load()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as exc:
+    except _UNREADABLE as exc:
         if isinstance(exc, (torch.OutOfMemoryError, torch.AcceleratorError)):
             raise
         line = " ".join(str(exc).split())[:300]

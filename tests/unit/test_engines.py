@@ -99,6 +99,16 @@ def test_idle_engines_of_other_models_leave_a_gpu_and_those_in_use_stay(families
     assert some.kept == ("sketch",)
 
 
+def test_an_engine_that_was_there_tells_of_no_load(families: list[Weighty]) -> None:
+    some = engines()
+    first, second = some.take(card(), numerics()), some.take(other(), numerics())
+    for engine in (first, second):
+        some.give_back(engine)
+    some.load_s = 7.0  # what loading the other took
+    some.take(card(), numerics())
+    assert (some.loaded_model, some.load_s) == ("sketch", 0.0)
+
+
 def test_a_model_that_fits_nowhere_makes_nobody_leave(families: list[Weighty], monkeypatch: pytest.MonkeyPatch) -> None:
     some = gpu_engines()
     some.give_back(some.take(card(), GPU))

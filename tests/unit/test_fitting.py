@@ -54,6 +54,28 @@ def found(model: ModelCard, device: DeviceInfo, *, host: HostMemory | None = Non
     return fitting
 
 
+@pytest.mark.parametrize(
+    ("name", "is_old"),
+    [
+        ("Tesla T4", True),
+        ("NVIDIA GeForce RTX 2080 Ti", True),
+        ("Quadro RTX 6000", True),
+        ("TITAN V", True),
+        ("Tesla P4", True),
+        ("Tesla K80", True),
+        ("T1000", True),
+        ("NVIDIA RTX 2000 Ada Generation", False),
+        ("RTX A4000", False),
+        ("NVIDIA L4", False),
+        ("RTX 4060 Ti", False),
+        ("H200", False),
+    ],
+)
+def test_old_gpus_are_known_by_their_whole_names(name: str, is_old: bool) -> None:
+    (gpu,) = asked_device([f"{name}:16"], vram_gib=None, here=HERE).gpus
+    assert (gpu.capability < (8, 0)) is is_old
+
+
 def test_what_was_measured_on_a_device_decides_there(model: ModelCard) -> None:
     given = numerics(device="cuda", dtype="bfloat16", batch=1)
     working = WorkingMemory(encode_gib=0.1, step_gib=20.0, decode_gib=1.0, identity=drawing_identity(model, given))

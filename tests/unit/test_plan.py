@@ -211,7 +211,7 @@ def test_more_than_2_to_the_53_images_are_refused() -> None:
 
 
 def test_what_is_laid_over_a_models_weights_is_part_of_its_identity() -> None:
-    plain = card_identity(CARD)
+    plain = card_identity(CARD, "cuda")
     adapter = Adapter(path="/loras", file="l.safetensors", name="l", revision="sha256:1")
     changes: list[dict[str, object]] = [
         {"adapters": (adapter,)},
@@ -221,8 +221,10 @@ def test_what_is_laid_over_a_models_weights_is_part_of_its_identity() -> None:
         {"options": {"shift": 6.0}},
         {"acceleration": {"cuda": Acceleration(compile=True)}},
     ]
-    identities = [plain, *(card_identity(CARD.model_copy(update=change)) for change in changes)]
+    identities = [plain, *(card_identity(CARD.model_copy(update=change), "cuda") for change in changes)]
     assert len({canonical_digest(identity) for identity in identities}) == 7
     moved = adapter.model_copy(update={"path": "/elsewhere"})
-    assert card_identity(CARD.model_copy(update={"adapters": (moved,)})) == identities[1]
+    assert card_identity(CARD.model_copy(update={"adapters": (moved,)}), "cuda") == identities[1]
     assert "adapters" not in plain
+    for nothing in ({"cuda": Acceleration()}, {"cpu": Acceleration(compile=True)}):
+        assert card_identity(CARD.model_copy(update={"acceleration": nothing}), "cuda") == plain

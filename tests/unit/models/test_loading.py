@@ -112,6 +112,19 @@ def test_a_quantised_tensor_that_nothing_computes_with_is_refused_as_the_model_l
         family.load()
 
 
+def test_a_gguf_file_without_tensors_is_named(tmp_path: Path) -> None:
+    folder = write_tiny_zimage(tmp_path / "model")
+    writer = gguf.GGUFWriter(tmp_path / "empty.gguf", "z_image")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    empty = Denoiser(path=str(tmp_path), file="empty.gguf", format="gguf")
+    family = ZImageFamily(card(folder, denoiser=empty), numerics(), device="cpu", vram_gib=16.0)
+    with pytest.raises(ModelCardError, match=r"^model sketch: .*empty\.gguf"):
+        family.load()
+
+
 def test_a_denoiser_in_one_file_takes_the_place_of_the_models_own(folder: Path, tmp_path: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors["proj_out.weight"] = 2 * tensors["proj_out.weight"]
