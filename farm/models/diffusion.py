@@ -6,6 +6,7 @@ float rounding alone.
 """
 
 import copy
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,6 +31,8 @@ from farm.records import WorkingMemory
 from farm.weights import locate
 
 CPU = torch.device("cpu")
+LOADING = threading.RLock()
+"""Held while modules are loaded: diffusers and transformers swap methods of torch's own meanwhile, in the whole process."""
 WARM_PX = 256
 """Side of the pictures that are drawn as an accelerated model loads, whichever sizes its card allows.
 
@@ -88,7 +91,10 @@ class DiffusionFamily(ABC):
                 raise
             return
         try:
-            self._load()
+            if self.placement is None:
+                self.place()
+            with LOADING:
+                self._load()
         except BaseException:
             self.unload()
             raise
@@ -114,10 +120,7 @@ class DiffusionFamily(ABC):
         self.placement = place(card.name, needs, dtype=numerics.dtype, device=limits)
 
     def _load(self) -> None:
-        card = self._card
-        if self.placement is None:
-            self.place()
-        placement = self.placement
+        card, placement = self._card, self.placement
         assert placement is not None
         folder, files = self._where
         self._device.hold_to_budget()
