@@ -99,7 +99,7 @@ class Weights:
 def weights_of(card: ModelCard, numerics: Numerics) -> Weights:
     """Return what a card's images are drawn with; where the revision is known the path has no part in it."""
     named: dict[str, Any] = {"denoiser": card.denoiser, "decoder": card.decoder, "scheduler": card.scheduler}
-    if (how := card.acceleration.get(numerics.device, PLAIN)) != PLAIN:
+    if (how := card.accelerated_on(numerics.device)) != PLAIN:
         named["acceleration"] = how
     named |= {f"quantise.{part}": how for part, how in sorted(card.quantise.items())}
     named |= {f"adapters.{adapter.name}": adapter for adapter in card.adapters}

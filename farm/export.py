@@ -210,6 +210,7 @@ class _Tally:
         return Profile(
             model=plan.card.name,
             device=device,
+            acceleration=plan.card.accelerated_on(plan.numerics.device),
             seconds_per_image=self.drawn_seconds / self.ok,
             width=width,
             height=height,

@@ -13,7 +13,7 @@ from farm.modelcard import ModelCard
 from farm.needs import GIB, files_of, measured_of, needs_of
 from farm.placement import DeviceLimits, Placement, Within, place
 from farm.plan import Numerics
-from farm.records import Profile
+from farm.records import Profile, Stages
 from farm.settings import Settings
 from farm.weights import are_here, locate
 
@@ -30,13 +30,14 @@ as 8.0 and newer."""
 @dataclass(frozen=True, slots=True)
 class Fit:
     """How a model lies on one kind of device, or why it cannot. `sooner`: changes of the card with which urgent images wait
-    less, each with its placement; they change pixels, so nobody makes them unasked."""
+    less, each with its placement; they change pixels, so nobody makes them unasked. `stages`: as measured there."""
 
     device: str
     count: int
     placement: Placement | None
     refusal: str | None = None
     sooner: tuple[tuple[str, Placement], ...] = ()
+    stages: Stages | None = None
 
 
 def asked_device(names: Sequence[str], *, vram_gib: float | None, here: DeviceInfo) -> DeviceInfo:
@@ -139,7 +140,7 @@ def _fit(
             continue
         if SOONER[changed.within] > SOONER[placement.within]:
             sooner.append((change, changed))
-    return Fit(limits.name, count, placement, sooner=tuple(sooner))
+    return Fit(limits.name, count, placement, sooner=tuple(sooner), stages=profile.stages if profile else None)
 
 
 def _variants(card: ModelCard) -> Iterator[tuple[str, ModelCard]]:

@@ -2,6 +2,7 @@
 
 import re
 
+from farm.cardparts import PLAIN, Acceleration
 from farm.plan import Plan
 
 
@@ -30,9 +31,10 @@ def profile_prefix(model: str) -> str:
     return f"profiles/{_plain(model)}/"
 
 
-def profile_key(model: str, device: str) -> str:
-    """Return the key of what was measured of a model on one kind of device."""
-    return f"{profile_prefix(model)}{_plain(device)}.json"
+def profile_key(model: str, device: str, acceleration: Acceleration) -> str:
+    """Return the key of what was measured of a model, accelerated like this, on one kind of device."""
+    how = "" if acceleration == PLAIN else f"--{_plain(str(acceleration))}"
+    return f"{profile_prefix(model)}{_plain(device)}{how}.json"
 
 
 def is_job_name(name: str) -> bool:

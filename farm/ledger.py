@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ValidationError
 
+from farm.cardparts import PLAIN, Acceleration
 from farm.errors import ControlError, NewerVersionError, ObjectMissingError, RecordError, StoreError, UnknownJobError
 from farm.jobkeys import (
     failure_key,
@@ -350,14 +351,21 @@ class Ledger:
 
     def put_profile(self, profile: Profile) -> None:
         """Write what was measured. A job's leaves the stages that a benchmark measured as they are."""
-        key = profile_key(profile.model, profile.device)
-        if profile.stages is None and (known := self.profile(profile.model, profile.device)) is not None:
+        key = profile_key(profile.model, profile.device, profile.acceleration)
+        if profile.stages is None and (known := self._profile(key)) is not None:
             profile = profile.model_copy(update={"stages": known.stages})
         self.store.put(key, profile.model_dump_json().encode(), content_type=_JSON)
 
-    def profile(self, model: str, device: str) -> Profile | None:
+    def profile(self, model: str, device: str, acceleration: Acceleration = PLAIN) -> Profile | None:
         """What was measured last; None where nothing was. One that cannot be read is as good as none."""
-        key = profile_key(model, device)
+        return self._profile(profile_key(model, device, acceleration))
+
+    def profiles(self, model: str, acceleration: Acceleration = PLAIN) -> list[Profile]:
+        """What was measured of a model on each kind of device; those that cannot be read are left out."""
+        found = [self._profile(info.key) for info in self.store.list(profile_prefix(model))]
+        return [profile for profile in found if profile is not None and profile.acceleration == acceleration]
+
+    def _profile(self, key: str) -> Profile | None:
         try:
             return _parsed(Profile, self.store.get(key), self._where(key))
         except ObjectMissingError:
@@ -365,12 +373,6 @@ class Ledger:
         except RecordError as exc:
             _log.warning("profile ignored", extra={"reason": exc.message})
             return None
-
-    def profiles(self, model: str) -> list[Profile]:
-        """What was measured of a model on each kind of device; those that cannot be read are left out."""
-        prefix = profile_prefix(model)
-        names = [info.key.removeprefix(prefix).removesuffix(".json") for info in self.store.list(prefix)]
-        return [profile for name in names if (profile := self.profile(model, name)) is not None]
 
     def _stored_pass(self, plan: Plan, number: int) -> Indexes:
         """The list of pass 2 or a later one; empty where it is no list."""

@@ -158,6 +158,10 @@ class ModelCard(Card):
                 raise wrong(said, *place.split(".", 1), "negative_prompt") from exc
         return self
 
+    def accelerated_on(self, device: Literal["cuda", "cpu"]) -> Acceleration:
+        """How the denoiser is accelerated on one kind of device."""
+        return self.acceleration.get(device, PLAIN)
+
     def _sources(self) -> Iterator[tuple[tuple[str | int, ...], Source]]:
         yield ("source",), self.source
         for name, source in (("denoiser", self.denoiser), ("decoder", self.decoder)):

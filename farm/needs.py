@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from farm.cardparts import PLAIN
 from farm.errors import ModelCardError
 from farm.modelcard import ModelCard, RenderParams
 from farm.placement import ENCODE_GIB, Needs
@@ -119,7 +118,7 @@ def needs_of(
     """
     quantise = card.quantise if device != "cpu" else {}
     parts = _parts(card, folder, files or {}, dtype=dtype, quantise=quantise)
-    accelerated = card.acceleration.get("cpu" if device == "cpu" else "cuda", PLAIN)
+    accelerated = card.accelerated_on("cpu" if device == "cpu" else "cuda")
     whole_blocks = accelerated.compile or accelerated.first_block_cache is not None  # they do not come and go
     gguf = card.denoiser is not None and card.denoiser.format == "gguf"
     drawn = params or card.defaults

@@ -344,9 +344,10 @@ def _job(ledger: Ledger, job: str, run: str) -> Side:
     if not pictures:
         raise InputError(f"job {job} has no picture yet; farm render draws them")
     totals = [found for one in plans if (found := ledger.totals(one)) is not None]
+    card, numerics = plans[-1].card, plans[-1].numerics
     stages = [
         profile.stages
-        for profile in ledger.profiles(plans[-1].card.name)
+        for profile in ledger.profiles(card.name, card.accelerated_on(numerics.device))
         if profile.stages is not None and profile.device in devices
     ]
     return Side(

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from farm.cardparts import PLAIN, Source
+from farm.cardparts import Source
 from farm.errors import ManifestError, NewerVersionError
 from farm.manifest import MAX_SEED, Manifest, Output
 from farm.modelcard import ModelCard, ParamOverrides, RenderParams, merged
@@ -317,7 +317,7 @@ def _other_weights(card: ModelCard, device: Literal["cuda", "cpu"]) -> dict[str,
         "quantise": dict(sorted(card.quantise.items())),
         "adapters": [identity(adapter) for adapter in card.adapters],
         "scheduler": card.scheduler and card.scheduler.model_dump(mode="json"),
-        "acceleration": card.acceleration.get(device, PLAIN).model_dump(exclude_defaults=True),
+        "acceleration": card.accelerated_on(device).model_dump(exclude_defaults=True),
         "options": dict(sorted(card.options.items())),
     }
 

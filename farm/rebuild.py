@@ -136,7 +136,7 @@ def _entry(ledger: Ledger, latest: _Latest, done: NDArray[np.bool_], threads: in
 
 def _seconds_per_image(ledger: Ledger, plan: Plan) -> float | None:
     """How long an image takes by what was measured last of this model, on whichever device; else as it was planned."""
-    profiles = ledger.profiles(plan.card.name)
+    profiles = ledger.profiles(plan.card.name, plan.card.accelerated_on(plan.numerics.device))
     if not profiles:
         return plan.estimated_seconds_per_image
     last = max(profiles, key=lambda profile: profile.measured_at)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from farm.cardparts import PLAIN, Acceleration
 from farm.errors import NewerVersionError
 from farm.modelcard import RenderParams
 
@@ -157,7 +158,15 @@ class Stages(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     load_s: float = Field(ge=0, description="of the first load in a process")
-    encode_s: float = Field(ge=0, description="a prompt")
+    encode_s: float = Field(ge=0, description="a prompt, its encoder on the device")
+    encoder_in_s: float | None = Field(
+        default=None,
+        ge=0,
+        description="until the encoder is on the device, once a shard; None where it does not come and go",
+    )
+    denoiser_in_s: float | None = Field(
+        default=None, ge=0, description="until the denoiser is back after that; None where nothing comes and goes"
+    )
     guidance_scale: float = Field(ge=0)
     guided_above: float | None = Field(
         description="the guidance above which a step passes the denoiser twice, with and without the prompt; None: never"
@@ -173,9 +182,18 @@ class Stages(BaseModel):
 
     def seconds_of(self, params: RenderParams) -> float:
         """Reckon an image's seconds: encoding, so many steps of its size, decoding."""
+        denoise_s, decode_s = self.drawing_s(params)
+        return self.encode_s + denoise_s + decode_s
+
+    def encoder_s(self, params: RenderParams, prompts: int) -> float:
+        """Reckon for how long the encoder is in, for so many prompts of a shard and the negative one of theirs."""
+        return (self.encoder_in_s or 0.0) + (prompts + self._passes(params.guidance_scale) - 1) * self.encode_s
+
+    def drawing_s(self, params: RenderParams) -> tuple[float, float]:
+        """Reckon an image's seconds of denoising and of decoding."""
         step_s, decode_s = self._at(params.width * params.height)
         passes = self._passes(params.guidance_scale) / self._passes(self.guidance_scale)
-        return self.encode_s + params.num_inference_steps * step_s * passes + decode_s
+        return params.num_inference_steps * step_s * passes, decode_s
 
     def _passes(self, guidance_scale: float) -> int:
         return 2 if self.guided_above is not None and guidance_scale > self.guided_above else 1
@@ -203,6 +221,7 @@ class Profile(Record):
 
     model: str
     device: str
+    acceleration: Acceleration = PLAIN
     seconds_per_image: float = Field(gt=0)
     width: int = Field(gt=0)
     height: int = Field(gt=0)

@@ -461,7 +461,8 @@ class Renderer:
 
         def read() -> None:
             try:
-                found.append(measured_of(self._ledger.profile(card.name, self._device_name), card, numerics))
+                profile = self._ledger.profile(card.name, self._device_name, card.accelerated_on(numerics.device))
+                found.append(measured_of(profile, card, numerics))
             except StoreError as exc:
                 log.warning("profile not read, memory is estimated", extra={"model": card.name, "reason": exc.message})
 

@@ -118,7 +118,7 @@ def wish_of(loaded: LoadedManifest, card: ModelCard) -> Wish:
 
 def speed_of(request: Request, ledger: Ledger | None) -> Speed:
     params, card, kind = request.params, request.card, request.numerics.device
-    profile = ledger.profile(card.name, request.device) if ledger else None
+    profile = ledger.profile(card.name, request.device, card.accelerated_on(kind)) if ledger else None
     if profile is not None:
         then = (profile.width, profile.height, profile.num_inference_steps)
         if then == (params.width, params.height, params.num_inference_steps) and request.points == (ParamOverrides(),):

@@ -95,8 +95,9 @@ class ColdStart:
 class Point:
     """Pictures of one shape and batch, drawn as a job draws them: batch after batch, the first one dropped.
 
-    `encode_s`: a prompt; `step_s`, `decode_s` and `seconds_per_image`: an image. `working_gib`: what each phase took on a GPU
-    beside the weights. `failed`: why there are no figures.
+    `encode_s`: a prompt; `step_s`, `decode_s` and `seconds_per_image`: an image. `encoder_in_s`, `denoiser_in_s`: until they are
+    on the device, where prompts are encoded ahead. `working_gib`: what each phase took on a GPU beside the weights. `failed`:
+    why there are no figures.
     """
 
     part: Part
@@ -109,6 +110,8 @@ class Point:
     encode_s: float = 0.0
     step_s: float = 0.0
     decode_s: float = 0.0
+    encoder_in_s: float | None = None
+    denoiser_in_s: float | None = None
     seconds_per_image: float = 0.0
     peak_gib: float = 0.0
     working_gib: Mapping[str, float] = field(default_factory=dict)

@@ -7,6 +7,7 @@ thread of its own meanwhile. The floor is the denoiser's steps: what stands abov
 and moving parts.
 """
 
+import itertools
 import statistics
 import threading
 import time
@@ -160,6 +161,7 @@ class _Bench:
             raise OutOfMemoryError(
                 f"in batches of {wish.batch}, as the card says: {job.failed}; lower the card's batch"
             )
+        job = self._coming_and_going(job)
         for steps in wish.steps:
             self._say(f"{steps} steps")
             params = wish.params.model_copy(update={"num_inference_steps": steps})
@@ -266,6 +268,26 @@ class _Bench:
             seconds_per_image=statistics.median(one.seconds / size for one in warm),
             peak_gib=peak_between(self._watch.taken(), began, self._now()) / GIB,
             working_gib={phase: taken / GIB for phase, taken in engine.working_bytes.items()},
+        )
+
+    def _coming_and_going(self, job: Point) -> Point:
+        """Add how long parts take to come where prompts are encoded ahead: the first prompt waits for the encoder, and the next
+        batch for the denoiser."""
+        wish, engine = self._wish, self._engine
+        texts = wish.prompts if len(wish.prompts) > 1 else (wish.prompts[0], f"{wish.prompts[0]}.")
+        batches = engine.batches([_spec(0, text, wish.seed, wish.params) for text in texts], most=1)
+        encoded = [self._now()]
+        ahead, _ = engine.encode_ahead(batches, on_step=lambda step: encoded.append(self._now()), cancelled=_never)
+        if not ahead:
+            return job
+        first_s, *further_s = [ended - began for began, ended in itertools.pairwise(encoded)]
+        encode_s = statistics.median(further_s)
+        drawn = self._draw("job", joined(batches[:1] * job.batch), [], ahead=ahead)
+        return replace(
+            job,
+            encode_s=encode_s,
+            encoder_in_s=max(0.0, first_s - encode_s),
+            denoiser_in_s=max(0.0, drawn.denoise_s - job.step_s * job.num_inference_steps * job.batch),
         )
 
     def _draw(

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from farm.bench.figures import Drawn, Measured, Point, Spread, spread_of, thinned
-from farm.cardparts import PLAIN
 from farm.modelcard import ModelCard
 from farm.needs import MEGAPIXEL, decoded_together, denoised_together
 from farm.placement import ENCODE_GIB
@@ -46,6 +45,7 @@ def profile_of(setup: Setup, measured: Measured) -> Profile:
     return Profile(
         model=setup.card.name,
         device=setup.device,
+        acceleration=setup.card.accelerated_on(setup.numerics.device),
         seconds_per_image=job.seconds_per_image,
         width=job.width,
         height=job.height,
@@ -56,6 +56,8 @@ def profile_of(setup: Setup, measured: Measured) -> Profile:
         stages=Stages(
             load_s=measured.cold.load_s,
             encode_s=job.encode_s,
+            encoder_in_s=job.encoder_in_s,
+            denoiser_in_s=job.denoiser_in_s,
             guidance_scale=job.guidance_scale,
             guided_above=measured.guided_above,
             shapes=tuple(
@@ -148,7 +150,7 @@ def report(setup: Setup, measured: Measured) -> str:
         warm_table(measured),
         f"As a job draws, in batches of {job.batch}, prompts {_encoded(measured)}: {three_digits(job.seconds_per_image)} s "
         f"an image, {three_digits(job.step_s)} s of it a step, {three_digits(job.decode_s)} s decoding; a prompt takes "
-        f"{three_digits(job.encode_s)} s.",
+        f"{three_digits(job.encode_s)} s.{_coming(job)}",
         "![Seconds by picture, and what was swept](seconds.svg)",
         "## Memory",
         f"{setup.held[0].upper()}{setup.held[1:]}, looked at every {1000 * setup.interval_s:.0f} ms and at the ends of phases. "
@@ -248,7 +250,7 @@ def _setup_table(setup: Setup, job: Point) -> str:
         ("machine", f"{about['processor']}, {about['cores']} cores, Python {about['python']}"),
         ("dtype", numerics.dtype),
         ("quantised", quantised),
-        ("acceleration", str(setup.card.acceleration.get(numerics.device, PLAIN))),
+        ("acceleration", str(setup.card.accelerated_on(numerics.device))),
         ("picture", f"{job.width}×{job.height}, {job.num_inference_steps} steps, guidance {job.guidance_scale:g}"),
         ("batch of a job", str(job.batch)),
         ("versions", ", ".join(versions)),
@@ -261,6 +263,15 @@ def _setup_table(setup: Setup, job: Point) -> str:
 def _encoded(measured: Measured) -> str:
     inside = all(one.encode_s for one in measured.of("job"))
     return "encoded with each batch" if inside else "encoded ahead"
+
+
+def _coming(job: Point) -> str:
+    if job.encoder_in_s is None or job.denoiser_in_s is None:
+        return ""
+    return (
+        f" Before a shard's prompts it takes {three_digits(job.encoder_in_s)} s until the encoder is on the device, and after "
+        f"them {three_digits(job.denoiser_in_s)} s until the denoiser is back."
+    )
 
 
 def _quantised(setup: Setup) -> dict[str, str]:

@@ -17,10 +17,13 @@ from farm.cli.wording import count, cut, duration, gpu_hours, size
 from farm.errors import SettingsError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from farm.devices import DeviceInfo
     from farm.fitting import Fit
     from farm.ledger import Ledger
     from farm.outlook import Outlook
+    from farm.plan import Plan
     from farm.settings import Settings
     from farm.submission import Draft, Request
 
@@ -109,7 +112,9 @@ def _placements(
         device=pool,
         settings=settings,
         host=host,
-        profile=lambda name: ledger.profile(request.card.name, name),
+        profile=lambda name: ledger.profile(
+            request.card.name, name, request.card.accelerated_on(request.numerics.device)
+        ),
     )
 
 
@@ -127,7 +132,7 @@ def _show(request: "Request", found: "Draft", placements: "tuple[Fit, ...] | Non
     say(f"  params     {params.num_inference_steps} steps, guidance {params.guidance_scale:g}")
     numerics = plan.numerics
     say(f"  numerics   {numerics.device}, {numerics.dtype}, batches of {numerics.batch}")
-    for line in _placement_lines(plan.card.name, placements):
+    for line in _placement_lines(plan, placements):
         say(line)
     if plan.pilot is not None:
         others = plan.images - plan.pilot
@@ -149,20 +154,40 @@ def _show(request: "Request", found: "Draft", placements: "tuple[Fit, ...] | Non
         note("give the manifest a new name, or put the old values back")
 
 
-def _placement_lines(model: str, placements: "tuple[Fit, ...] | None") -> list[str]:
-    """Where the model's parts lie; with several kinds of device a line for each, and which of them cannot draw it."""
+def _placement_lines(plan: "Plan", placements: "tuple[Fit, ...] | None") -> list[str]:
+    """Where the model's parts lie and for how long; with several kinds of device each, and which of them cannot draw it."""
     if placements is None:
-        return [f"  placement  unknown: the weights are not here yet; farm models pull {model} brings them"]
+        return [f"  placement  unknown: the weights are not here yet; farm models pull {plan.card.name} brings them"]
     lines = []
     for fit in placements:
         what = fit.placement.explained if fit.placement else f"cannot draw it: {fit.refusal}"
         where = f"{fit.device}: " if len(placements) == 1 else f"{fit.count} × {fit.device}: "
         lines.append(f"  placement  {where}{what}")
+        lines += [f"             {line}" for line in _how_long(plan, fit)]
         lines += [
             f"             with {change} in the card, which changes pixels: {placed.explained}"
             for change, placed in fit.sooner
         ]
     return lines
+
+
+def _how_long(plan: "Plan", fit: "Fit") -> "Iterator[str]":
+    """For how long each part is in, as it was measured there."""
+    if fit.placement is None:
+        return
+    phased, stages, params = fit.placement.encodes_ahead, fit.stages, plan.params
+    if stages is None or (phased and stages.encoder_in_s is None):
+        if phased:
+            yield f"for how long each is in: not measured there yet; farm bench {plan.card.name} does"
+        return
+    denoise_s, decode_s = stages.drawing_s(params)
+    drawing = f"denoiser {duration(denoise_s)} and decoder {duration(decode_s)} an image"
+    if phased:
+        prompts = max(1, min(plan.shard_images, plan.images) // (plan.seeds.count * len(plan.sweep)))
+        encoder = f"encoder in for {duration(stages.encoder_s(params, prompts))} a shard of {count(prompts, 'prompt')}"
+        yield f"as measured: {encoder}, denoiser back after {duration(stages.denoiser_in_s or 0.0)}; {drawing}"
+    else:
+        yield f"as measured: encoder {duration(stages.encode_s)} a prompt, {drawing}"
 
 
 def _placement_records(placements: "tuple[Fit, ...] | None") -> list[dict[str, Any]] | None:
@@ -177,6 +202,7 @@ def _placement_records(placements: "tuple[Fit, ...] | None") -> list[dict[str, A
             "host_gib": round(fit.placement.host_gib, 2) if fit.placement else None,
             "explained": fit.placement.explained if fit.placement else fit.refusal,
             "sooner": {change: placed.explained for change, placed in fit.sooner},
+            "stages": fit.stages and fit.stages.model_dump(mode="json"),
         }
         for fit in placements
     ]

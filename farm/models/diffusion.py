@@ -73,7 +73,7 @@ class DiffusionFamily(ABC):
         self._parts: dict[str, Part | Streamed] = {}
         self._loaded = False
         self._measured = measured
-        self._acceleration = card.acceleration.get(numerics.device, PLAIN)
+        self._acceleration = card.accelerated_on(numerics.device)
         self.placement: Placement | None = None
         self.encodes_ahead = False
         self._bare = frozenset({*vars(self), "_bare"})

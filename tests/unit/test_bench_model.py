@@ -29,6 +29,7 @@ from farm.bench.subjects import prompts_for
 from farm.engine import EmbeddingCache, Engine
 from farm.errors import InputError, OutOfMemoryError, RenderError
 from farm.modelcard import RenderParams
+from farm.models.family import Embedding, Tokens
 from farm.needs import measured_of
 from farm.plan import ImageSpec
 from farm.provenance import read_picture
@@ -239,9 +240,50 @@ def test_prompts_of_a_job_are_encoded_ahead_where_the_encoder_leaves_the_device(
     family.encodes_ahead = True
     result = measured(family)
     before = 2 * (1 + 2 * 2)  # positive and negative, of the cold picture and two rounds of two
-    assert len(family.encoded) == before + 2
+    assert len(family.encoded) == before + 2 + 3  # both prompts and their negative one, as the encoder is timed
     assert [one.encode_s for one in result.of("job")] == pytest.approx([0.0] * 3, abs=0.05)
-    assert result.job.encode_s > 0
+
+
+class Coming(FakeFamily):
+    """Parts that come and go take their time by a clock that somebody else reads."""
+
+    encodes_ahead = True
+    at_s = 0.0
+    encoder_is_in = False
+
+    def encode(self, tokens: Tokens) -> Embedding:
+        self.at_s += 0.25 if self.encoder_is_in else 2.25
+        self.encoder_is_in = True
+        return super().encode(tokens)
+
+    def denoise(self, specs: Sequence[ImageSpec], noise: Any, **given: Any) -> Any:
+        self.at_s += len(specs) + (1.5 if self.encoder_is_in else 0.0)
+        self.encoder_is_in = False
+        return super().denoise(specs, noise, **given)
+
+
+@pytest.mark.parametrize("prompts", [("a red circle", "a blue square", "a dot"), ("a red circle",)])
+def test_how_long_parts_take_to_come_is_told_apart_from_their_work(
+    monkeypatch: pytest.MonkeyPatch, prompts: tuple[str, ...]
+) -> None:
+    family = Coming()
+    monkeypatch.setattr("farm.engine.time.perf_counter", lambda: family.at_s)
+    drawing = Engine(card(), numerics(), "cpu", 16.0, family=family, cache=EmbeddingCache(0))
+    result = measure(drawing, wish(prompts=prompts), start_s=0.0, clock=lambda: family.at_s)
+    job = result.job
+    assert (job.encode_s, job.encoder_in_s, job.denoiser_in_s) == pytest.approx((0.25, 2.0, 1.5))
+    assert job.step_s * job.num_inference_steps == pytest.approx(1.0)
+    stages = profile_of(setup(), result).stages
+    assert stages is not None
+    assert (stages.encode_s, stages.encoder_in_s, stages.denoiser_in_s) == pytest.approx((0.25, 2.0, 1.5))
+    said = "it takes 2.00 s until the encoder is on the device, and after them 1.50 s until the denoiser is back."
+    assert said in report(setup(), result)
+
+
+def test_nothing_comes_or_goes_where_all_parts_stay() -> None:
+    result = measured()
+    assert (result.job.encoder_in_s, result.job.denoiser_in_s) == (None, None)
+    assert "until the encoder is on the device" not in report(setup(), result)
 
 
 def test_pictures_of_no_finite_numbers_end_the_benchmark() -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farm.cardparts import Acceleration
 from farm.errors import ControlError, NewerVersionError, ObjectMissingError, RecordError, UnknownJobError
 from farm.ledger import Ledger
 from farm.passes import Everything, Others
@@ -399,6 +400,24 @@ def test_a_profile_reads_back_and_a_broken_one_counts_as_none(ledger: Ledger, st
     assert [info.key for info in store.list("profiles/")] == ["profiles/shapes/nvidia-rtx-4090-16-gib.json"]
     store.put("profiles/shapes/nvidia-rtx-4090-16-gib.json", b"{")
     assert ledger.profile("shapes", profile.device) is None
+
+
+def test_what_is_accelerated_has_a_profile_of_its_own(ledger: Ledger, store: CountingStore) -> None:
+    quick = Acceleration(compile=True, attention="_native_cudnn")
+    fields = {"model": "shapes", "device": "NVIDIA L4", "width": 64, "height": 64, "num_inference_steps": 4, "batch": 8}
+    plain = Profile(**fields, images=100, measured_at="2026-11-21T10:00:00+00:00", seconds_per_image=0.5)
+    faster = plain.model_copy(update={"acceleration": quick, "seconds_per_image": 0.25})
+    ledger.put_profile(faster)
+    assert ledger.profile("shapes", "NVIDIA L4") is None
+    ledger.put_profile(plain)
+    assert ledger.profile("shapes", "NVIDIA L4") == plain
+    assert ledger.profile("shapes", "NVIDIA L4", quick) == faster
+    assert [info.key for info in store.list("profiles/")] == [
+        "profiles/shapes/nvidia-l4--compile-attention-_native_cudnn.json",
+        "profiles/shapes/nvidia-l4.json",
+    ]
+    assert ledger.profiles("shapes") == [plain]
+    assert ledger.profiles("shapes", quick) == [faster]
 
 
 def test_a_jobs_profile_leaves_the_stages_that_a_benchmark_measured(ledger: Ledger) -> None:

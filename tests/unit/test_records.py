@@ -83,6 +83,14 @@ def test_guidance_doubles_the_steps_where_the_family_begins_to_guide() -> None:
     assert stages(guided_above=None).seconds_of(params(512, 8, 7.0)) == 0.5 + 8 * 1.0 + 0.5
 
 
+def test_the_encoder_is_in_until_a_shards_prompts_and_the_negative_one_are_encoded() -> None:
+    phased = stages(encoder_in_s=2.0)
+    assert phased.encoder_s(params(512, 9), 4) == 2.0 + 4 * 0.5
+    assert phased.encoder_s(params(512, 9, 5.0), 4) == 2.0 + 5 * 0.5
+    assert stages().encoder_s(params(512, 9), 1) == 0.5
+    assert phased.drawing_s(params(1024, 20)) == (80.0, 2.0)
+
+
 def test_a_profile_scales_what_a_job_took_by_pixels_and_steps_or_by_known_stages() -> None:
     assert profile().seconds_of(params(512, 18)) == pytest.approx(20.0)
     assert profile(stages=stages()).seconds_of(params(512, 9)) == pytest.approx(10.0)

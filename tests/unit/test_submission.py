@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from farm.cardparts import Acceleration
 from farm.devices import DeviceInfo
 from farm.errors import (
     ControlError,
@@ -24,6 +25,7 @@ from farm.manifest import load_manifest
 from farm.plan import Plan
 from farm.prompts import PromptReader
 from farm.removal import delete_job
+from farm.request import speed_of
 from farm.settings import Settings
 from farm.storage.local import LocalStore
 from farm.submission import Request, Submission, draft, prepare, submit
@@ -426,6 +428,20 @@ def test_time_is_measured_scaled_or_unknown(bench: Bench) -> None:
     assert (measured.seconds, measured.speed.source) == (50.0, "measured")
     scaled = draft(bench.request(text + "preset: draft\n"), bench.ledger, now=NOW)
     assert (scaled.seconds, scaled.speed.source) == (50.0, "estimated")
+
+
+def test_a_speed_without_acceleration_is_none_of_a_card_with_it(bench: Bench) -> None:
+    bench.measure(0.5)
+    request = bench.request(HEAD + "prompts: [one]\n")
+    quick = Acceleration(attention="_native_cudnn")
+    card = request.card.model_copy(update={"acceleration": {request.numerics.device: quick}})
+    accelerated = replace(request, card=card)
+    assert speed_of(accelerated, bench.ledger).source == "unknown"
+    profile = bench.ledger.profile("shapes", "a CPU")
+    assert profile is not None
+    bench.ledger.put_profile(profile.model_copy(update={"acceleration": quick, "seconds_per_image": 0.25}))
+    assert speed_of(accelerated, bench.ledger).seconds_per_image == 0.25
+    assert speed_of(request, bench.ledger).seconds_per_image == 0.5
 
 
 def test_draft_of_random_seeds_says_that_they_will_be_drawn(bench: Bench) -> None:

@@ -5,7 +5,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from farm.devices import local_device
-from farm.records import Profile
+from farm.placement import ALL, DRAWING, ENCODER, Placement
+from farm.records import Profile, ShapeSpeed, Stages
 from tests.unit.cli.conftest import FakeFarm, Place
 
 
@@ -132,3 +133,69 @@ def test_plan_names_the_device_that_cannot_draw_it(farm: Place) -> None:
     assert (found["renderers"], found["device"]) == (1, "RTX 4060 Ti")  # time is reckoned on those that can draw it
     wrong = farm("plan", farm.manifest(model="sketch"), "--device", "RTX 4060 Ti")
     assert wrong.error == "--device RTX 4060 Ti: write its name and its memory in GiB, as --device 'RTX 4060 Ti:16'"
+
+
+def bench_of(farm: Place, device: str, **changes: float | None) -> None:
+    """What `farm bench sketch` left of a device."""
+    stages = Stages(
+        load_s=20.0,
+        encode_s=0.25,
+        guidance_scale=2.0,
+        guided_above=0.0,
+        shapes=(ShapeSpeed(width=64, height=64, step_s=1.5, decode_s=0.5),),
+        batch=1,
+        peak_gib={},
+        dtype="float32",
+        versions={},
+        measured_at="2026-11-21T10:00:00+00:00",
+    )
+    farm.ledger.put_profile(
+        Profile(
+            model="sketch",
+            device=device,
+            seconds_per_image=13.0,
+            width=64,
+            height=64,
+            num_inference_steps=8,
+            batch=1,
+            images=3,
+            measured_at=stages.measured_at,
+            stages=stages.model_copy(update=changes),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "measured_there", "said"),
+    [
+        (ALL, {}, "as measured: encoder 0.2 s a prompt, denoiser 12 s and decoder 0.5 s an image"),
+        (
+            ENCODER,
+            {"encoder_in_s": 2.0, "denoiser_in_s": 1.5},
+            "as measured: encoder in for 3.5 s a shard of 5 prompts, denoiser back after 1.5 s; denoiser 12 s and decoder 0.5 s "
+            "an image",
+        ),
+        (ENCODER, {}, "for how long each is in: not measured there yet; farm bench sketch does"),
+    ],
+)
+def test_plan_says_for_how_long_parts_are_in_where_it_was_measured(
+    farm: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: frozenset[str],
+    measured_there: dict[str, float | None],
+    said: str,
+) -> None:
+    denoise = ALL if stage == ALL else DRAWING
+    placed = Placement("resident" if stage == ALL else "phased", stage, denoise, denoise, 9.0, "as it is")
+    monkeypatch.setattr("farm.fitting.place", lambda *args, **kwargs: placed)
+    bench_of(farm, "RTX 4060 Ti", **measured_there)
+    manifest = farm.manifest(model="sketch", params={"num_inference_steps": 8, "guidance_scale": 2})
+    ended = farm("plan", manifest, "--device", "RTX 4060 Ti:16")
+    assert f"\n             {said}\n" in ended.out
+    record = json.loads(farm("plan", manifest, "--device", "RTX 4060 Ti:16", "--json").out)
+    assert record["placements"][0]["stages"]["encoder_in_s"] == measured_there.get("encoder_in_s")
+
+
+def test_plan_says_nothing_of_seconds_where_all_stays_and_nothing_was_measured(farm: Place) -> None:
+    ended = farm("plan", farm.manifest(model="sketch"), "--device", "RTX 4060 Ti:16")
+    assert "measured" not in ended.out
