@@ -4,7 +4,7 @@ Only what decides pixels or objects counts; what was drawn once (roots, seeds of
 priority and the limits, which may change while a job runs. Reads the frozen prompts where it must, writes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,10 +94,15 @@ def _prompt_changes(
 def plan_differences(a: Plan, b: Plan) -> tuple[str, ...]:
     """Return in what two plans' models, numerics and output differ; parameters are a picture's own, and none of this."""
     return (
-        *_changes("model", *(card_identity(one.card, one.numerics.device) for one in (a, b))),
+        *model_differences(*(card_identity(one.card, one.numerics.device) for one in (a, b))),
         *(f"numerics.{one}" for one in numerics_differences(a.numerics, b.numerics)),
         *_changes("output", a.output.model_dump(), b.output.model_dump()),
     )
+
+
+def model_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return in what two models differ, each as `card_identity` says what it is."""
+    return _changes("model", then, now)
 
 
 def numerics_differences(planned: Numerics, here: Numerics) -> tuple[str, ...]:
@@ -127,9 +132,12 @@ def _count(value: int | None) -> str:
     return "none" if value is None else str(value)
 
 
-def _changes(place: str, then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _changes(place: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    def said(value: Any) -> str:
+        return "none" if value is None else shown(value)
+
     return [
-        f"{place}.{name}: {shown(then.get(name))} -> {shown(now.get(name))}"
+        f"{place}.{name}: {said(then.get(name))} -> {said(now.get(name))}"
         for name in dict.fromkeys((*then, *now))
         if then.get(name) != now.get(name)
     ]

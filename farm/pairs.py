@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from farm.comparison import plan_differences
+from farm.comparison import model_differences, plan_differences
 from farm.errors import InputError, ObjectMissingError, PictureError, RecordError, UnknownJobError
 from farm.ledger import Ledger
 from farm.plan import Plan
@@ -282,7 +282,7 @@ def _params_of_file(file: Path) -> Mapping[str, Any]:
 
 def _params(provenance: Provenance) -> dict[str, Any]:
     return {**provenance.params.model_dump(), "prompt": provenance.prompt, "seed": provenance.seed} | {
-        "model": str(provenance.model.get("name")),
+        "model": provenance.model,
         "dtype": provenance.numerics.dtype,
         "device": provenance.numerics.device,
     }
@@ -395,17 +395,21 @@ def _stems(keys: Iterable[str], *, without: Container[str]) -> dict[str, str]:
 def _changes(a: Side, b: Side, pairs: Sequence[tuple[Shown, Shown]]) -> tuple[str, ...]:
     """What differs, as `num_inference_steps: 20 -> 60`, with the number of pairs where it is not all of them."""
     whole = plan_differences(a.plan, b.plan) if a.plan is not None and b.plan is not None else ()
-    counted: Counter[tuple[str, str, str]] = Counter()
+    counted: Counter[str] = Counter()
     for one, other in pairs:
-        for name in one.params:
-            then, now = one.params[name], other.params.get(name)
-            if name in other.params and then != now:
-                words = name in ("prompt", "negative_prompt") or (name == "seed" and len(pairs) > 1)
-                counted[(name, "" if words else _said(then), "" if words else _said(now))] += 1
-    found = []
-    for (name, then, now), count in counted.items():
-        of = "" if count == len(pairs) else f" ({count:,} of {len(pairs):,} pairs)"
-        found.append(f"{name}: {f'{then} -> {now}' if then or now else 'differs'}{of}")
+        for name, then in one.params.items():
+            if name not in other.params or (now := other.params[name]) == then:
+                continue
+            if name == "model":
+                counted.update(model_differences(then, now))
+            elif name in ("prompt", "negative_prompt") or (name == "seed" and len(pairs) > 1):
+                counted[f"{name}: differs"] += 1
+            else:
+                counted[f"{name}: {_said(then)} -> {_said(now)}"] += 1
+    found = [
+        said if count == len(pairs) else f"{said} ({count:,} of {len(pairs):,} pairs)"
+        for said, count in counted.items()
+    ]
     return (*whole, *found)
 
 

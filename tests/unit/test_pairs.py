@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from farm.cardparts import PLAIN, Acceleration
 from farm.errors import InputError, PictureError, UnknownJobError
 from farm.ledger import Ledger
 from farm.pairs import Side, SideBySide, amplified, difference, open_side, side_by_side
-from farm.plan import Plan
+from farm.plan import Plan, card_identity
+from farm.provenance import Provenance, encode_picture, pixels_sha256
+from tests.drawing import card, numerics
 from tests.unit.finished_jobs import commit_shard, make_ledger, make_plan, render_pass
 
 
@@ -248,3 +251,31 @@ def test_a_name_that_is_nothing_says_what_may_be_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no PNG, JPEG or WebP picture"):
         open_side(str(tmp_path / "empty"), no_ledger)
+
+
+def drawn_with(path: Path, how: Acceleration) -> Side:
+    """Two pictures of a card that is accelerated like this on a CPU."""
+    described = card(acceleration={"cpu": how})
+    for seed in (1, 2):
+        provenance = Provenance(
+            index=seed,
+            key=None,
+            prompt="a red circle",
+            seed=seed,
+            params=described.defaults,
+            model=card_identity(described, "cpu"),
+            numerics=numerics(),
+            plan="",
+            format="png",
+            quality=None,
+            pixels_sha256=pixels_sha256(flat(seed)),
+        )
+        path.mkdir(exist_ok=True)
+        (path / f"{seed}.png").write_bytes(encode_picture(flat(seed), provenance))
+    return open_side(str(path), no_ledger)
+
+
+def test_pictures_of_a_card_with_and_without_acceleration_say_so(tmp_path: Path) -> None:
+    plain, quick = drawn_with(tmp_path / "a", PLAIN), drawn_with(tmp_path / "b", Acceleration(compile=True))
+    assert compared(plain, plain).changes == ()
+    assert compared(plain, quick).changes == ('model.acceleration: none -> {"compile": true}',)
