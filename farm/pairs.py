@@ -35,7 +35,7 @@ MOST_ROWS = 100_000
 PARAMS = ("prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed")
 _BENCH = "bench.json"
 _NAME_SHOWN = 100
-_DRAWN_BESIDE = ("sheet", "pairs")
+_DRAWN_BESIDE = ("sheet", "pairs", "acceleration")
 """Pictures of pictures, which lie in folders of the farm's beside them."""
 _EXACT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA"})
 """Pillow's modes that become RGB, with alpha or without, at 8 bits a channel and without any loss."""

@@ -1,13 +1,14 @@
 """The folder that a benchmark of a model leaves: pictures as they are drawn, then report, plots, sheet and record."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from farm.bench.acceleration import Way
 from farm.bench.figures import Measured, Part
 from farm.bench.plots import plot_memory, plot_seconds
 from farm.bench.report import Setup, record_of, report
@@ -78,17 +79,19 @@ class BenchFolder:
         self._kept.setdefault(part, []).append(_Kept(spec.prompt, spec.seed, steps, picture.seconds, picture.pixels))
         self._pictures.append((name, picture))
 
-    def write(self, setup: Setup, measured: Measured) -> None:
+    def write(self, setup: Setup, measured: Measured, ways: Sequence[Way] = ()) -> None:
         """Write everything. Raises InputError where the disk does not take it."""
         try:
             (self.path / "pictures").mkdir()
             for name, picture in self._pictures:
                 (self.path / "pictures" / f"{name}.png").write_bytes(_file(setup, picture))
             (self.path / "sheet.png").write_bytes(self._sheet(setup))
+            if drawn := [way for way in ways if way.pixels]:
+                (self.path / "acceleration.png").write_bytes(self._beside(setup, drawn))
             plot_memory(self.path / "memory.svg", measured, held=setup.held)
             plot_seconds(self.path / "seconds.svg", measured)
-            (self.path / "report.md").write_text(report(setup, measured), encoding="utf-8")
-            text = json.dumps(record_of(setup, measured), indent=1, ensure_ascii=False, allow_nan=False)
+            (self.path / "report.md").write_text(report(setup, measured, ways), encoding="utf-8")
+            text = json.dumps(record_of(setup, measured, ways), indent=1, ensure_ascii=False, allow_nan=False)
             (self.path / RECORD).write_text(f"{text}\n", encoding="utf-8")
         except OSError as exc:
             raise InputError(f"--out {self.path}: cannot be written: {exc.strerror}; name another folder") from exc
@@ -108,10 +111,26 @@ class BenchFolder:
                     tuple("" if one is None else f"{one.seconds:.3g} s" for one in cells),
                 )
             )
-        params = self._pictures[0][1].spec.params
-        on = f"{setup.device}, {setup.numerics.dtype}, guidance {params.guidance_scale:g}, {setup.measured_at[:10]}"
         columns = [f"{number} steps" for number in steps]
-        return draw_grid(setup.card.name, on, columns=columns, rows=rows)
+        return draw_grid(setup.card.name, self._on(setup), columns=columns, rows=rows)
+
+    def _beside(self, setup: Setup, ways: Sequence[Way]) -> bytes:
+        """The last round's pictures as the card draws them, and beside each what every acceleration makes of it."""
+        rows = [
+            GridRow(
+                f"seed {one.seed}",
+                one.prompt,
+                (one.pixels, *(way.pixels[place] for way in ways)),
+                ("", *("equal" if (db := way.psnr_db[place]) is None else f"{db:.1f} dB" for way in ways)),
+            )
+            for place, one in enumerate(self._kept["round"][:MOST_ROWS])
+        ]
+        columns = ["as it is", *(way.name for way in ways)]
+        return draw_grid(setup.card.name, self._on(setup), columns=columns, rows=rows)
+
+    def _on(self, setup: Setup) -> str:
+        guidance_scale = self._pictures[0][1].spec.params.guidance_scale
+        return f"{setup.device}, {setup.numerics.dtype}, guidance {guidance_scale:g}, {setup.measured_at[:10]}"
 
 
 def _file(setup: Setup, picture: Picture) -> bytes:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from farm.bench.acceleration import Way, picture_s
 from farm.bench.figures import Drawn, Measured, Point, Spread, spread_of, thinned
 from farm.modelcard import ModelCard
 from farm.needs import MEGAPIXEL, decoded_together, denoised_together
@@ -98,7 +99,7 @@ def _working(setup: Setup, measured: Measured) -> WorkingMemory | None:
     )
 
 
-def record_of(setup: Setup, measured: Measured) -> dict[str, Any]:
+def record_of(setup: Setup, measured: Measured, ways: Sequence[Way] = ()) -> dict[str, Any]:
     """Return everything as JSON values, the memory's samples thinned."""
     return {
         "model": card_identity(setup.card, setup.numerics.device),
@@ -123,6 +124,7 @@ def record_of(setup: Setup, measured: Measured) -> dict[str, Any]:
             "samples": [[round(one.at_s, 3), one.held_bytes] for one in thinned(measured.samples, SAMPLES_KEPT)],
         },
         "drawn": [asdict(one) for one in measured.drawn],
+        "accelerated": [way.record() for way in ways],
     }
 
 
@@ -133,7 +135,7 @@ def warm_spreads(measured: Measured) -> dict[str, Spread]:
     return {**found, "one step": spread_of([one.step_s for one in warm])}
 
 
-def report(setup: Setup, measured: Measured) -> str:
+def report(setup: Setup, measured: Measured, ways: Sequence[Way] = ()) -> str:
     """Return the page."""
     job = measured.job
     parts = [
@@ -166,6 +168,16 @@ def report(setup: Setup, measured: Measured) -> str:
         points = [point for point in measured.points if point.part == part]
         if points:
             parts += [f"## {title}", points_table(points)]
+    if ways:
+        parts += [
+            "## Acceleration",
+            "The card accelerated otherwise, each way loaded anew and measured after the last. A gain is how many times as long "
+            "the card as it is takes: the mean of its figures before all others and after them, which tell how steady the "
+            f"machine was. {setup.images} pictures are compared with its own: how many are the same bytes, and the PSNR of the "
+            "median one. Whether it pays both tell, and your eyes.",
+            ways_table(measured, ways),
+            "![As it is, and accelerated](acceleration.png)",
+        ]
     parts += ["## Pictures", "![Seeds down, steps across](sheet.png)", "Prompts, in turn:"]
     parts.append("\n".join(f"{place}. `{prompt}`" for place, prompt in enumerate(setup.prompts, start=1)))
     if setup.negative_prompt:
@@ -234,6 +246,32 @@ def points_table(points: Sequence[Point]) -> str:
                 f"| {one.width}×{one.height} | {one.batch} | {three_digits(one.seconds_per_image)} | {three_digits(one.step_s)} "
                 f"| {three_digits(one.decode_s)} | {_gib(one.peak_gib)} |"
             )
+    return "\n".join(lines)
+
+
+def ways_table(measured: Measured, ways: Sequence[Way]) -> str:
+    """Markdown; the card as it is comes first."""
+    lines = [
+        "| acceleration | load, s | s a picture | gain | s an image of a job | batch | gain | peak, GiB | equal | PSNR, dB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def figures(one: Measured) -> tuple[str, str, str, str]:
+        seconds = (one.cold.load_s, picture_s(one), one.job.seconds_per_image)
+        return *(three_digits(each) for each in seconds), _gib(max(one.peak_gib.values()))  # type: ignore[return-value]
+
+    load, picture, job, peak = figures(measured)
+    lines.append(f"| as it is | {load} | {picture} | | {job} | {measured.job.batch} | | {peak} | | |")
+    for way in ways:
+        if way.measured is None:
+            lines.append(f"| {way.name} | cannot be had here: {way.failed} | | | | | | | | |")
+            continue
+        load, picture, job, peak = figures(way.measured)
+        psnr = "—" if way.median_db is None else f"{way.median_db:.1f}"
+        lines.append(
+            f"| {way.name} | {load} | {picture} | {way.picture_gain:.2f}× | {job} | {way.measured.job.batch} "
+            f"| {way.job_gain:.2f}× | {peak} | {way.equal} | {psnr} |"
+        )
     return "\n".join(lines)
 
 

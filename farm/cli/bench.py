@@ -4,6 +4,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -17,11 +18,14 @@ from farm.cli.wording import cut, duration
 from farm.errors import InputError, StoreError
 
 if TYPE_CHECKING:
-    from farm.bench.figures import Measured
+    from farm.bench.acceleration import Way
+    from farm.bench.figures import Measured, Part
     from farm.bench.model import Wish
     from farm.bench.report import Setup
     from farm.devices import DeviceInfo
+    from farm.engine import Picture
     from farm.modelcard import ModelCard, RenderParams
+    from farm.plan import Numerics
 
 FOLDER = Path("farm-bench")
 MOST_IMAGES = 200
@@ -59,6 +63,14 @@ def bench(
             "--batch", metavar="N,N", help=f"Measure so many images drawn together too, {MOST_BATCH} at most."
         ),
     ] = None,
+    accelerate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--accelerate",
+            metavar="HOW",
+            help="Measure the card accelerated like this too, as compile,attention=flash or none; may be given again.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the first picture.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where the report goes; a new folder.")
@@ -72,6 +84,7 @@ def bench(
     The engine draws alone, without Ray and without a store. Leaves a report with plots, a contact sheet and the pictures.
     Nothing else should use the device meanwhile.
     """
+    from farm.bench.acceleration import Kept, accelerated, measure_ways
     from farm.bench.environment import environment
     from farm.bench.folder import RECORD, BenchFolder
     from farm.bench.model import SAMPLE_S, Wish, measure
@@ -108,6 +121,9 @@ def bench(
         batches=_listed("--batch", batch, _together),
     )
     _check(card, wish)
+    others = [accelerated(card, text, device=device.kind) for text in accelerate or ()]
+    others = [other for other in others if other.accelerated_on(device.kind) != card.accelerated_on(device.kind)]
+    ways = [(other, numerics_for(other, device=device, renderers=1)) for other in others]
     measured_at = now_iso()
     stamp = measured_at[:19].replace("-", "").replace(":", "").replace("T", "-")
     folder = BenchFolder(out if out is not None else FOLDER / f"{card.name}-{stamp}")
@@ -116,11 +132,33 @@ def bench(
         ledger = options.open_ledger(settings) if profile else None
         if ledger is not None:
             ledger.store.probe()
-        engine = Engine(card, numerics, "cuda:0" if on_gpu else "cpu", settings.vram_gib, cache=EmbeddingCache(0))
+
+        def open_engine(card: "ModelCard", numerics: "Numerics") -> Engine:
+            return Engine(card, numerics, "cuda:0" if on_gpu else "cpu", settings.vram_gib, cache=EmbeddingCache(0))
+
+        def keep(part: "Part", picture: "Picture") -> None:
+            folder.keep(part, picture)
+            own.keep(part, picture)
+
+        own, say_how = Kept(), _quiet if options.json else note
+        engine = open_engine(card, numerics)
         try:
-            measured = measure(engine, wish, start_s=_age_s(), keep=folder.keep, say=_quiet if options.json else note)
+            measured = measure(engine, wish, start_s=_age_s(), keep=keep, say=say_how)
         finally:
             engine.unload()
+        found = (
+            measure_ways(
+                ways,
+                wish,
+                as_it_is=(card, numerics),
+                base=measured,
+                own=own.pixels,
+                open_engine=open_engine,
+                say=say_how,
+            )
+            if ways
+            else []
+        )
     setup = Setup(
         card=card,
         numerics=numerics,
@@ -137,18 +175,27 @@ def bench(
         environment=environment(),
         command=shlex.join(["farm", *sys.argv[1:]]),
     )
-    folder.write(setup, measured)
+    folder.write(setup, measured, found)
+    profiles = [profile_of(setup, measured)]
+    profiles += [
+        profile_of(replace(setup, card=way.card, numerics=way.numerics), way.measured)
+        for way in found[: len(ways)]
+        if way.measured
+    ]
     refused = None
     if ledger is not None:
         try:
-            ledger.put_profile(profile_of(setup, measured))
+            for one in profiles:
+                ledger.put_profile(one)
         except StoreError as exc:
             refused = exc
     stored = ledger is not None and refused is None
     if options.json:
-        print_json({**record_of(setup, measured), "out": str(folder.path), "profile_stored": stored})
+        print_json({**record_of(setup, measured, found), "out": str(folder.path), "profile_stored": stored})
     else:
         _show(setup, measured, device)
+        for way in found:
+            _show_way(way)
         say(f"  report      {folder.path / 'report.md'}, with sheet.png, plots, pictures/ and {RECORD}")
         if stored and ledger is not None:
             say(f"  profile     in {ledger.store.url}: farm plan estimates by it")
@@ -213,6 +260,15 @@ def _show(setup: "Setup", measured: "Measured", device: "DeviceInfo") -> None:
         name = f"{point.width}×{point.height}" if point.part == "size" else f"batch {point.batch}"
         each = "no memory left" if point.failed else f"{three_digits(point.seconds_per_image)} s an image"
         say(f"  {name:<10}  {each}" + ("" if point.failed else f", {point.peak_gib:.2f} GiB"))
+
+
+def _show_way(way: "Way") -> None:
+    if way.measured is None:
+        say(f"  {way.name}: cannot be had here: {way.failed}")
+        return
+    apart = "the same pictures" if way.median_db is None else f"pictures {way.median_db:.1f} dB apart"
+    gains = f"{way.picture_gain:.2f}× as fast a picture, {way.job_gain:.2f}× in a job's batches of {way.numerics.batch}"
+    say(f"  {way.name}: {gains}; {apart}")
 
 
 def _listed(flag: str, text: str | None, read: Callable[[str], _T]) -> tuple[_T, ...]:

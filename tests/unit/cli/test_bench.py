@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from farm.cardparts import Acceleration
 from farm.devices import local_device
 from farm.engine import Engine
 from farm.errors import RenderError, StoreFullError
@@ -121,3 +122,34 @@ def test_a_folder_in_use_is_refused(farm: Place) -> None:
     ended = farm("bench", "shapes", "--out", ".")
     assert ended.code == 2
     assert ended.error.startswith("--out .: holds ")
+
+
+def test_accelerated_ways_are_measured_beside_the_card_and_stored_apart(farm: Place) -> None:
+    flags = ("--images", "1", "--rounds", "1", "--accelerate", "attention=_native_flash", "--accelerate", "none")
+    ended = farm("bench", "sketch", *flags, "--out", "out")
+    assert ended.code == 0, ended.err
+    assert "  attention _native_flash: " in ended.out
+    assert "  as it is, again: " in ended.out
+    record = json.loads((farm.folder / "out" / "bench.json").read_text())["accelerated"]
+    assert [one["name"] for one in record] == ["attention _native_flash", "as it is, again"]
+    assert record[1]["psnr_db"] == [None]
+    with Image.open(farm.folder / "out" / "acceleration.png") as sheet:
+        assert sheet.width > 3 * 224
+    how = Acceleration(attention="_native_flash")
+    stored = farm.ledger.profile("sketch", local_device().name, how)
+    assert stored is not None
+    assert stored.seconds_per_image == record[0]["seconds_per_image"]
+    plain = farm.ledger.profile("sketch", local_device().name)
+    assert plain is not None
+    assert (
+        plain.seconds_per_image
+        == json.loads((farm.folder / "out" / "bench.json").read_text())["job"]["seconds_per_image"]
+    )
+    compared = farm("compare", "out", "out", "--json")
+    assert json.loads(compared.out)["paired"] == 1
+
+
+def test_an_acceleration_that_no_card_can_have_is_refused_before_anything_loads(farm: Place) -> None:
+    ended = farm("bench", "sketch", "--accelerate", "quick")
+    said = "--accelerate 'quick': 'quick' is no way to accelerate; write compile, attention, first_block_cache"
+    assert (ended.code, ended.error) == (2, said)
