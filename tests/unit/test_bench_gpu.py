@@ -45,7 +45,7 @@ def test_a_model_is_written_measured_and_compared(
         (4, 16.0, None),
         (1, 64.0, None),
     ]
-    assert all(each["seconds_per_image"] > 0 and 0 < each["outside"] < 1 for each in found["rows"])
+    assert all(each["seconds_per_image"] > 0 and each["outside"] < 1 for each in found["rows"])  # by noise below 0, too
     assert all(each["peak_gib"] is None and each["within"] == "—" for each in found["rows"])
     assert [each["failed"] for each in found["peers"]] == [None]
     assert found["peers"][0]["ratio"] > 0
