@@ -4,6 +4,7 @@ Records, each sound by itself; what hangs together between them is `farm.modelca
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
@@ -15,6 +16,9 @@ from farm.yamlfile import shown
 PACKAGE = "package:"
 """How a path begins that lies inside an installed package."""
 _BUCKET_URL = re.compile(r"s3://[^/]+(/.*)?")
+_MODULE_FILE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*/)*[A-Za-z_][A-Za-z0-9_]*\.py")
+"""Of ASCII alone: Python takes other letters for one another in the names of modules."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Card(BaseModel):
@@ -165,6 +169,22 @@ def check_source(at: tuple[str | int, ...], source: Source, *, nowhere: bool) ->
     wanted = source.format if isinstance(source, Denoiser) else "safetensors"
     if file.suffix != f".{wanted}":
         raise wrong(f"must be a .{wanted} file, got {shown(source.file)}; name such a file", *at, "file")
+
+
+def check_code(code: Mapping[str, str]) -> None:
+    """Raise a fault of the code that a card pins: a name that is no module's, a digest that is none, one name twice."""
+    for name, sha256 in code.items():
+        if not _MODULE_FILE.fullmatch(name):
+            raise wrong(
+                f"{shown(name)} cannot be imported: name Python files below the source's folder, folders and files by letters, "
+                "digits and _, as transformer/my_blocks.py",
+                name,
+            )
+        if not _SHA256.fullmatch(sha256):
+            raise wrong(f"must be a sha256 of 64 lower-case hex digits, got {shown(sha256)}; sha256sum tells it", name)
+        for folder in PurePosixPath(name).parents:
+            if f"{folder}.py" in code:
+                raise wrong(f"lies in a folder that is imported as {folder}.py is; rename one of them", name)
 
 
 def wrong(text: str, *at: str | int) -> PydanticCustomError:

@@ -83,7 +83,7 @@ class Weights:
     """What two renders must share to be drawn with one loaded model. The batch may differ.
 
     `parts`: what the card has besides its source: a denoiser, a decoder, quantisation, adapters, a scheduler,
-    acceleration on this kind of device, options.
+    acceleration on this kind of device, options, code.
     """
 
     family: str
@@ -104,6 +104,7 @@ def weights_of(card: ModelCard, numerics: Numerics) -> Weights:
     named |= {f"quantise.{part}": how for part, how in sorted(card.quantise.items())}
     named |= {f"adapters.{adapter.name}": adapter for adapter in card.adapters}
     named |= {f"options.{name}": value for name, value in sorted(card.options.items())}
+    named |= {f"code.{name}": sha256 for name, sha256 in sorted(card.code.items())}
     return Weights(
         card.family,
         _identity(card.source),

@@ -9,7 +9,7 @@ from farm.yamlfile import did_you_mean, shown
 @dataclass(frozen=True, slots=True)
 class Takes:
     """What a family knows what to do with. `options`: what not every family has, and its kind or its values; `any_option`:
-    others are for its code to judge, once the model is loaded."""
+    others are for its code to judge, once the model is loaded. `code`: Python files that come with the weights."""
 
     options: Mapping[str, type | tuple[str, ...]] = field(default_factory=dict)
     denoiser: tuple[str, ...] = ()
@@ -19,6 +19,7 @@ class Takes:
     quantise: tuple[str, ...] = ()
     acceleration: tuple[str, ...] = ()
     any_option: bool = False
+    code: bool = False
 
 
 _PLACED: dict[str, type | tuple[str, ...]] = {"encoder_on": ("cpu",)}
@@ -41,7 +42,7 @@ FAMILIES = {
         quantise=("encoder",),
         acceleration=("compile",),
     ),
-    "diffusers": replace(_ALL, options={}, acceleration=(), any_option=True),
+    "diffusers": replace(_ALL, options={}, acceleration=(), any_option=True, code=True),
     "sleep": Takes(),
 }
 """Family -> what its cards may have."""

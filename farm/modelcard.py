@@ -23,6 +23,7 @@ from farm.cardparts import (
     Scheduler,
     SizeLimits,
     Source,
+    check_code,
     check_source,
     wrong,
 )
@@ -91,6 +92,11 @@ class ModelCard(Card):
     options: dict[str, bool | int | float | str] = Field(
         default={}, description="what only this family has; each family names its own"
     )
+    code: dict[str, str] = Field(
+        default={},
+        description="Python files that come with the weights and are run: each name below the source's folder with the sha256 of "
+        "its bytes",
+    )
     licence: str
     licence_warning: str | None = Field(default=None, description="said to whoever renders with it")
     dtypes: dict[Literal["cuda", "cpu"], tuple[Literal["float32", "bfloat16", "float16"], ...]]
@@ -121,6 +127,12 @@ class ModelCard(Card):
         for device, entry in value.items():
             if entry == () or (isinstance(entry, int) and entry < 1):
                 raise wrong(f"must be at least one, got {shown(entry)}; change it", device)
+        return value
+
+    @field_validator("code")
+    @classmethod
+    def _can_be_imported(cls, value: dict[str, str]) -> dict[str, str]:
+        check_code(value)
         return value
 
     @field_validator("negative_prompts")
@@ -178,6 +190,7 @@ class ModelCard(Card):
             ("decoder", self.decoder, takes.decoder),
             ("adapters", self.adapters, takes.adapters),
             ("scheduler", self.scheduler, takes.scheduler),
+            ("code", self.code, takes.code),
         ):
             if given and not taken:
                 raise wrong(f"the family {self.family} takes none; leave it out", name)

@@ -319,6 +319,7 @@ def _other_weights(card: ModelCard, device: Literal["cuda", "cpu"]) -> dict[str,
         "scheduler": card.scheduler and card.scheduler.model_dump(mode="json"),
         "acceleration": card.accelerated_on(device).model_dump(exclude_defaults=True),
         "options": dict(sorted(card.options.items())),
+        "code": dict(sorted(card.code.items())),
     }
 
 

@@ -242,6 +242,13 @@ def test_whatever_a_card_is_loaded_with_makes_other_weights(changes: dict[str, o
     assert weights_of(card(**changes), numerics()) != weights_of(card(), numerics())
 
 
+def test_equal_weights_with_other_code_are_other_weights() -> None:
+    def weights(sha256: str) -> object:
+        return weights_of(card(family="diffusers", code={"pipeline.py": sha256}), numerics())
+
+    assert weights("0" * 64) != weights("1" * 64)
+
+
 def test_an_adapters_weight_and_a_files_name_make_other_weights() -> None:
     def weights(**changes: object) -> object:
         one = Adapter(**{"hub": "a/b", "file": "one.safetensors", "name": "one"} | changes)

@@ -375,6 +375,58 @@ def test_acceleration_is_of_the_family_and_downloads_no_code(
     assert message in caught.value.message
 
 
+HEX = "0a" * 32
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "../x.py: H",
+            ":11: code.../x.py: '../x.py' cannot be imported: name Python files below the source's folder, ",
+        ),
+        ("/x.py: H", ":11: code./x.py: '/x.py' cannot be imported: name"),
+        ("a//x.py: H", ":11: code.a//x.py: 'a//x.py' cannot be imported"),
+        ("./x.py: H", ":11: code../x.py: './x.py' cannot be imported"),
+        ("x.pyc: H", "'x.pyc' cannot be imported"),
+        (".py: H", "'.py' cannot be imported"),
+        (
+            "my-code/x.py: H",
+            "'my-code/x.py' cannot be imported: name Python files below the source's folder, folders and ",
+        ),
+        ("a.b/x.py: H", "'a.b/x.py' cannot be imported"),
+        ("1/x.py: H", "'1/x.py' cannot be imported"),
+        ("ﬁx.py: H", "'ﬁx.py' cannot be imported"),  # Python would take it for fix.py
+        ('"x.py\\n": H', "'x.py\\n' cannot be imported"),
+        ('"x\\0.py": H', "'x\\x00.py' cannot be imported"),
+        ("'a\\b.py': H", "cannot be imported"),
+        ("x.py: abc", ":11: code.x.py: must be a sha256 of 64 lower-case hex digits, got 'abc'; sha256sum tells it"),
+        (f"x.py: {HEX.upper()}", "must be a sha256 of 64 lower-case hex digits"),
+        (f'x.py: "{HEX}\\n"', "must be a sha256 of 64 lower-case hex digits"),
+        ("x.py: 5", ":11: code.x.py: must be text, got 5; put quotes around it"),
+        ("a.py: H, a/b.py: H", ":11: code.a/b.py: lies in a folder that is imported as a.py is; rename one of them"),
+        ("a/__init__.py: H, a.py: H", "code.a/__init__.py: lies in a folder that is imported as a.py is"),
+    ],
+)
+def test_code_is_of_files_that_can_be_imported_and_their_hashes(tmp_path: Path, code: str, message: str) -> None:
+    own = TEXT.replace("family: z-image", "family: diffusers")
+    with pytest.raises(ModelCardError) as caught:
+        load_card(write(tmp_path, f"{own}code: {{{code.replace(': H', f': {HEX}')}}}"))
+    assert message in caught.value.message
+
+
+def test_code_is_for_pipelines_of_diffusers_alone(tmp_path: Path) -> None:
+    code = f"code: {{pipeline.py: {HEX}, transformer/my_transformer.py: {HEX}, a/__init__.py: {HEX}}}"
+    own = TEXT.replace("family: z-image", "family: diffusers")
+    assert list(load_card(write(tmp_path, own + code)).code) == [
+        "pipeline.py",
+        "transformer/my_transformer.py",
+        "a/__init__.py",
+    ]
+    with pytest.raises(ModelCardError, match=r":11: code: the family z-image takes none; leave it out"):
+        load_card(write(tmp_path, TEXT + code))
+
+
 def test_negative_prompts_go_by_name() -> None:
     card = CARD.model_copy(update={"negative_prompts": {"standard": "blurry", "anime": "extra fingers"}})
     assert negative_of(card, "@anime") == "extra fingers"

@@ -220,11 +220,13 @@ def test_what_is_laid_over_a_models_weights_is_part_of_its_identity() -> None:
         {"quantise": {"encoder": "nf4"}},
         {"options": {"shift": 6.0}},
         {"acceleration": {"cuda": Acceleration(compile=True)}},
+        {"code": {"pipeline.py": "0" * 64}},
+        {"code": {"pipeline.py": "1" * 64}},
     ]
     identities = [plain, *(card_identity(CARD.model_copy(update=change), "cuda") for change in changes)]
-    assert len({canonical_digest(identity) for identity in identities}) == 7
+    assert len({canonical_digest(identity) for identity in identities}) == 9
     moved = adapter.model_copy(update={"path": "/elsewhere"})
     assert card_identity(CARD.model_copy(update={"adapters": (moved,)}), "cuda") == identities[1]
-    assert "adapters" not in plain
+    assert not {"adapters", "code"} & plain.keys()
     for nothing in ({"cuda": Acceleration()}, {"cpu": Acceleration(compile=True)}):
         assert card_identity(CARD.model_copy(update={"acceleration": nothing}), "cuda") == plain
