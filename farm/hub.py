@@ -2,8 +2,8 @@
 
 The commit is settled once, at planning, so that every renderer loads the same. One that the card names is taken as it
 stands. A branch or tag is looked up in the local cache first, then on the hub. Where no branch is named, the one commit
-that is cached will do: a job goes on with what it began with. Files are fetched where the cache lacks some; never pickles
-or code. Imports no torch.
+that is cached will do: a job goes on with what it began with. Files are fetched where the cache lacks some; never pickles,
+and code where it is named. Imports no torch.
 """
 
 import errno
@@ -47,8 +47,10 @@ def commit_of(model: str, hub: str, revision: str | None) -> str:
     return found
 
 
-def cached(hub: str, revision: str | None, *, file: str | None = None, left_out: Sequence[str] = ()) -> Path | None:
-    """Return the folder of a hub id's files in the local cache, or None where it lacks some of those wanted."""
+def cached(
+    hub: str, revision: str | None, *, file: str | None = None, left_out: Sequence[str] = (), code: Sequence[str] = ()
+) -> Path | None:
+    """Return the folder of a hub id's files in the local cache, or None where it lacks some of those wanted; see `fetch`."""
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -57,15 +59,16 @@ def cached(hub: str, revision: str | None, *, file: str | None = None, left_out:
         if file is not None:
             found = try_to_load_from_cache(hub, file, revision=commit or revision or "main")
             return _folder_of(Path(found), file) if isinstance(found, str) else None
-        return Path(
+        folder = Path(
             snapshot_download(
                 hub,
                 revision=commit or revision,
-                allow_patterns=list(FILES),
+                allow_patterns=[*FILES, *code],
                 ignore_patterns=list(left_out),
                 local_files_only=True,
             )
         )
+        return folder if all((folder / name).is_file() for name in code) else None
     except (LocalEntryNotFoundError, HFValidationError):
         return None
 
@@ -77,26 +80,28 @@ def fetch(
     *,
     file: str | None = None,
     left_out: Sequence[str] = (),
+    code: Sequence[str] = (),
     report: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Return the folder of a hub id's files, or of one, downloading at its revision what is not cached.
 
-    A download that was killed is taken up again. `left_out`: patterns of files that are not wanted. Raises ModelCardError,
-    StoreFullError.
+    A download that was killed is taken up again. `left_out`: patterns of files that are not wanted; `code`: names of Python
+    files that are. Raises ModelCardError, StoreFullError.
     """
-    if (here := cached(hub, revision, file=file, left_out=left_out)) is not None:
+    if (here := cached(hub, revision, file=file, left_out=left_out, code=code)) is not None:
         return here
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     disable_progress_bars()
+    wanted = [file] if file else [*FILES, *code]
     try:
-        with _reported(hub, revision, [file] if file else FILES, left_out, report):
+        with _reported(hub, revision, wanted, left_out, report):
             if file is not None:
                 return _folder_of(Path(hf_hub_download(hub, file, revision=revision)), file)
             return Path(
-                snapshot_download(hub, revision=revision, allow_patterns=list(FILES), ignore_patterns=list(left_out))
+                snapshot_download(hub, revision=revision, allow_patterns=wanted, ignore_patterns=list(left_out))
             )
     except (HTTPError, HFValidationError, OSError) as exc:
         if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -1,8 +1,8 @@
 """Copy weights from below a prefix of a store to this machine: once, however many processes ask for them at a time.
 
 A copy appears whole or not at all: files are written beside it, checked, and the folder renamed. What a killed copy had
-finished of it is taken up by the next. Only files of weights and their settings are copied, never pickles or code. Knows
-nothing of model cards.
+finished of it is taken up by the next. Only files of weights and their settings are copied, never pickles, and code where it
+is named. Knows nothing of model cards.
 """
 
 import errno
@@ -37,12 +37,17 @@ Report = Callable[[int, int], None]
 """Called with the bytes that are here and those that there are."""
 
 
-def weights_in(store: ObjectStore, *, left_out: Collection[str] = ()) -> tuple[ObjectInfo, ...]:
-    """Return the objects of a store that are worth copying, in key order; `left_out` are patterns of keys. Raises StoreError."""
+def weights_in(
+    store: ObjectStore, *, left_out: Collection[str] = (), code: Collection[str] = ()
+) -> tuple[ObjectInfo, ...]:
+    """Return the objects of a store that are worth copying, in key order.
+
+    `left_out`: patterns of keys; `code`: keys of what is no weights and is wanted. Raises StoreError.
+    """
     return tuple(
         info
         for info in store.list("")
-        if is_wanted(info.key) and not any(fnmatch(info.key, pattern) for pattern in left_out)
+        if info.key in code or (is_wanted(info.key) and not any(fnmatch(info.key, pattern) for pattern in left_out))
     )
 
 

@@ -52,7 +52,15 @@ def locate_source(
     """
     if source.hub is not None:
         file = source.file if isinstance(source, WeightsFile) else None
-        return fetch(card.name, source.hub, source.revision, file=file, left_out=_left_out(card, source), report=report)
+        return fetch(
+            card.name,
+            source.hub,
+            source.revision,
+            file=file,
+            left_out=_left_out(card, source),
+            code=_code(card, source),
+            report=report,
+        )
     if source.s3 is not None:
         return _mirrored(card, source, settings or load_settings(), report)
     folder = source_folder(source)
@@ -138,6 +146,11 @@ def _left_out(card: ModelCard, source: Source) -> tuple[str, ...]:
     return tuple(f"{folder}/*.safetensors" for name in replaced for folder in _MODEL_FOLDERS[name])
 
 
+def _code(card: ModelCard, source: Source) -> tuple[str, ...]:
+    """Python files of a source that the card pins; no others are brought here."""
+    return tuple(card.code) if source is card.source else ()
+
+
 def _pinned(card: ModelCard, source: AnySource, settings: Settings | None) -> AnySource:
     if source.hub is not None:
         revision = commit_of(card.name, source.hub, source.revision)
@@ -151,11 +164,13 @@ def _pinned(card: ModelCard, source: AnySource, settings: Settings | None) -> An
 def _is_here(card: ModelCard, source: Source, settings: Settings | None) -> bool:
     if source.hub is not None:
         file = source.file if isinstance(source, WeightsFile) else None
-        return cached(source.hub, source.revision, file=file, left_out=_left_out(card, source)) is not None
+        code = _code(card, source)
+        return cached(source.hub, source.revision, file=file, left_out=_left_out(card, source), code=code) is not None
     if source.s3 is not None:
         copies = _copies(source, settings or load_settings())
         wanted = _name(source.revision) if source.revision else "*"
-        return any(path.is_dir() and not path.suffix for path in copies.glob(wanted))
+        folders = [path for path in copies.glob(wanted) if path.is_dir() and not path.suffix]
+        return any(all((folder / file).is_file() for file in _code(card, source)) for folder in folders)
     try:
         folder = source_folder(source)
     except ModelCardError:
@@ -192,7 +207,7 @@ def _objects(card: ModelCard, source: Source, store: ObjectStore) -> tuple[Objec
             if (info := store.head(source.file)) is not None:
                 objects = (info,)
         else:
-            objects = weights_in(store, left_out=_left_out(card, source))
+            objects = weights_in(store, left_out=_left_out(card, source), code=_code(card, source))
     except StoreUnavailableError:
         raise
     except StoreError as exc:

@@ -98,6 +98,13 @@ def test_patterns_leave_files_out(bucket: Bucket) -> None:
     assert [info.key for info in found] == ["model_index.json", "tokenizer/merges.txt"]
 
 
+def test_code_comes_where_it_is_named(bucket: Bucket) -> None:
+    bucket.put("vae/other.py", b"")
+    bucket.put("pipeline.py.bin", b"")
+    found = weights_in(bucket, code=("pipeline.py",))
+    assert [info.key for info in found] == ["model_index.json", "pipeline.py", *sorted(FILES)[1:]]
+
+
 def test_a_large_file_comes_in_parts_and_in_order(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

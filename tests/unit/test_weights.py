@@ -13,6 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from farm import weights
 from farm.cardparts import Adapter, Denoiser, Source
 from farm.errors import ModelCardError, NumericsError, StoreFullError, StoreUnavailableError
+from farm.hub import FILES as FILES_OF_THE_HUB
 from farm.settings import Settings, load_settings
 from farm.storage.base import ObjectStore
 from farm.storage.local import LocalStore
@@ -28,6 +29,7 @@ FILES = {
     "vae/v.safetensors": b"v",
     "transformer/old.bin": b"pickle",
 }
+CODE = {"pipeline.py": b"import os", "transformer/other.py": b"import sys"}
 GGUF = Denoiser(s3="s3://farm/ggufs", file="q/m-Q4.gguf", format="gguf")
 ADAPTER = Adapter(s3="s3://farm/ggufs", file="l.safetensors", name="l")
 
@@ -48,7 +50,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(weights, "open_store", open_store)
     model = LocalStore(tmp_path / "farm" / "model")
-    for key, data in FILES.items():
+    for key, data in (FILES | CODE).items():
         model.put(key, data)
     ggufs = LocalStore(tmp_path / "farm" / "ggufs")
     for key in ("q/m-Q4.gguf", "q/m-Q8.gguf", "l.safetensors"):
@@ -68,6 +70,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 BUCKET = card().model_copy(update={"source": Source(s3="s3://farm/model")})
+CODED = BUCKET.model_copy(update={"code": {"pipeline.py": "0" * 64}})
 
 
 def test_a_model_in_a_bucket_is_copied_once(opened: list[str], settings: Settings, tmp_path: Path) -> None:
@@ -114,6 +117,18 @@ def test_of_a_part_that_the_card_replaces_only_settings_are_copied(opened: list[
     assert "vae/v.safetensors" not in files_in(locate(replaced, settings=settings))
     assert replaced.decoder is not None
     assert files_in(locate_source(replaced, replaced.decoder, settings=settings)) == ["config.json", "v.safetensors"]
+
+
+def test_code_in_a_bucket_is_copied_where_the_card_pins_it(opened: list[str], settings: Settings) -> None:
+    locate(BUCKET, settings=settings)
+    assert not are_here(CODED, settings=settings)
+    assert sorted(set(files_in(locate(CODED, settings=settings))) & CODE.keys()) == ["pipeline.py"]
+    assert are_here(CODED, settings=settings)
+    planned = pinned(CODED, settings=settings)
+    assert planned.source.revision != pinned(BUCKET, settings=settings).source.revision
+    opened.clear()
+    assert (locate(planned, settings=settings) / "pipeline.py").is_file()
+    assert opened == []
 
 
 def test_of_a_bucket_with_many_files_the_one_that_is_named_is_copied(opened: list[str], settings: Settings) -> None:
@@ -221,6 +236,27 @@ def test_what_the_cache_lacks_is_fetched_without_the_replaced_part(hub: Path, mo
     (call,) = asked
     assert call["ignore_patterns"] == ["transformer/*.safetensors", "unet/*.safetensors"]
     assert "*.bin" not in str(call["allow_patterns"])
+
+
+def test_code_of_a_hub_id_is_fetched_where_the_card_pins_it(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = hub / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    asked: list[object] = []
+
+    def snapshot_download(hub_id: str, *, local_files_only: bool = False, **more: object) -> str:
+        if not local_files_only:
+            asked.append(more["allow_patterns"])
+            (snapshot / "pipeline.py").write_bytes(b"")
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    coded = CODED.model_copy(update={"source": Source(hub="some/model", revision=COMMIT)})
+    plain = coded.model_copy(update={"code": {}})
+    assert (are_here(plain), are_here(coded)) == (True, False)
+    assert locate(plain) == locate(coded) == snapshot
+    assert asked == [[*FILES_OF_THE_HUB, "pipeline.py"]]
+    assert are_here(coded)
+    assert not any(".py" in pattern for pattern in FILES_OF_THE_HUB)
 
 
 @pytest.mark.parametrize(
