@@ -26,6 +26,7 @@ from farm.modelcard import (
     param_fault,
     resolved,
 )
+from farm.pinnedcode import refuse_unallowed
 from farm.plan import Numerics, mean_work
 from farm.settings import Settings
 from farm.sources import StoreOpener
@@ -74,7 +75,10 @@ def prepare(loaded: LoadedManifest, settings: Settings, *, device: DeviceInfo, r
     PlacementError; prompts are not looked at yet."""
     manifest, document = loaded.manifest, loaded.document
     try:
-        card = pinned(find_card(manifest.model, settings), settings=settings)
+        card = find_card(manifest.model, settings)
+        if settings.address is None:  # elsewhere it is for the renderers' own machines to say
+            refuse_unallowed(card, settings)
+        card = pinned(card, settings=settings)
     except FarmError as exc:
         raise type(exc)(f"{document.where(('model',))}: {exc.message}") from exc
     wish = wish_of(loaded, card)

@@ -51,6 +51,10 @@ class Settings(BaseSettings):
         default=Path("~/.cache/diffusion-farm/weights"),
         description="folder on each node for copies of weights that lie in buckets",
     )
+    remote_code: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(
+        default=(),
+        description="digests of code that comes with weights and may be run; `farm models NAME` says a card's",
+    )
     renderers: int | None = Field(
         default=None, gt=0, description="renderers to start; where empty one per GPU, or what the cores allow"
     )
@@ -121,6 +125,7 @@ class Settings(BaseSettings):
 
 _EXAMPLES = {
     "shares": '\'{"alice": 2, "bob": 1}\'',
+    "remote_code": "'[\"4f5c...\"]'",
     "http_sources": "'[\"s3://captions/\"]'",
     "reserve": '\'[{"renderers": 1, "hours": "08:00-18:00"}]\'',
 }

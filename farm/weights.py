@@ -7,6 +7,7 @@ torch.
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -132,12 +133,14 @@ def missing_folder(card: ModelCard) -> str | None:
 
 def export(settings: Settings) -> None:
     """Let `locate` in this process find weights by these settings: a renderer's come from who started it, not from where it
-    runs. A folder for copies that is this node's own stays."""
+    runs. A folder for copies that is this node's own stays, and so does what the node says of code that it may run."""
     for name in ("s3_endpoint", "s3_region", "s3_addressing"):
         if name in settings.model_fields_set and (value := getattr(settings, name)) is not None:
             os.environ[f"FARM_{name.upper()}"] = str(value)
     if "weights" in settings.model_fields_set:
         os.environ.setdefault("FARM_WEIGHTS", str(settings.weights))
+    if "remote_code" in settings.model_fields_set:
+        os.environ.setdefault("FARM_REMOTE_CODE", json.dumps(settings.remote_code))
 
 
 def _left_out(card: ModelCard, source: Source) -> tuple[str, ...]:

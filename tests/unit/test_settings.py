@@ -38,6 +38,21 @@ def test_shares_come_from_a_variable_or_the_file(tmp_path: Path, monkeypatch: py
             "setting shares.alice: Input should be greater than 0, got 0; mend FARM_SHARES,",
         ),
         ("FARM_SHARES", "[1]", "setting shares: Input should be a valid dictionary, got [1]; mend FARM_SHARES,"),
+        (
+            "FARM_REMOTE_CODE",
+            "{}",
+            "setting remote_code: Input should be a valid tuple, got {}; mend FARM_REMOTE_CODE,",
+        ),
+        (
+            "FARM_REMOTE_CODE",
+            "abc",
+            """variable FARM_REMOTE_CODE is no JSON, got 'abc'; write it as '["4f5c..."]'""",
+        ),
+        (
+            "FARM_REMOTE_CODE",
+            '["abc"]',
+            "setting remote_code.0: String should match pattern '^[0-9a-f]{64}$', got 'abc'; mend FARM_REMOTE_CODE,",
+        ),
         ("FARM_OWNER", "", "setting owner: String should have at least 1 character, got ''; mend FARM_OWNER,"),
     ],
 )

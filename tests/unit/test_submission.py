@@ -14,6 +14,7 @@ from farm.devices import DeviceInfo
 from farm.errors import (
     ControlError,
     ManifestError,
+    ModelCardError,
     PlanChangedError,
     PromptError,
     RowsAppendedError,
@@ -22,6 +23,8 @@ from farm.errors import (
 )
 from farm.ledger import Ledger, Profile, Totals
 from farm.manifest import load_manifest
+from farm.modelcard import find_card
+from farm.pinnedcode import digest_of
 from farm.plan import Plan
 from farm.prompts import PromptReader
 from farm.removal import delete_job
@@ -123,6 +126,22 @@ def bench(tmp_path: Path) -> Bench:
 
 INLINE = HEAD + "prompts: [one, two]\nseeds: {count: 2, from: random}\n"
 KEYED = HEAD + "prompts: {file: p.jsonl, key: id}\nseeds: {count: 2, from: key}\n"
+
+
+def test_code_that_this_machine_does_not_allow_is_refused_before_anything_is_looked_at(bench: Bench) -> None:
+    coded = CARD.replace(
+        "family: sleep\nsource: {}", f"family: diffusers\nsource: {{path: .}}\ncode: {{a.py: {'0a' * 32}}}"
+    )
+    (bench.folder / "cards" / "shapes.yaml").write_text(coded)
+    with pytest.raises(ModelCardError) as caught:
+        bench.request(INLINE)
+    assert caught.value.message.startswith(
+        f"{bench.folder}/m.yaml:2: model shapes: it runs code that comes with its weights (a.py), which this machine does not "
+    )
+    digest = digest_of(find_card("shapes", bench.settings))
+    for allowing in ({"remote_code": (digest,)}, {"address": "10.0.0.1:6379"}):  # there its own machines say
+        bench.settings = Settings(models=bench.folder / "cards", **allowing)
+        assert bench.submit(INLINE.replace("name: job", f"name: {next(iter(allowing))[:4]}")).outcome == "created"
 
 
 def test_new_job_writes_parts_marker_and_plan(bench: Bench) -> None:

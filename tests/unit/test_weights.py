@@ -283,7 +283,8 @@ def test_a_source_that_names_no_place_is_refused() -> None:
 
 
 def test_a_renderer_finds_weights_by_the_settings_of_who_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FARM_S3_ENDPOINT", "FARM_S3_REGION", "FARM_S3_ADDRESSING", "FARM_WEIGHTS"):
+    names = ("FARM_S3_ENDPOINT", "FARM_S3_REGION", "FARM_S3_ADDRESSING", "FARM_WEIGHTS", "FARM_REMOTE_CODE")
+    for name in names:
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
     export(Settings(s3_endpoint="http://store:9000", s3_addressing="path", weights=Path("/fast")))
@@ -291,3 +292,18 @@ def test_a_renderer_finds_weights_by_the_settings_of_who_started_it(monkeypatch:
     assert (found.s3_endpoint, found.s3_addressing, found.weights) == ("http://store:9000", "path", Path("/fast"))
     export(Settings(weights=Path("/other")))
     assert os.environ["FARM_WEIGHTS"] == "/fast"
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "allowed"),
+    [(None, ("0" * 64,), ("0" * 64,)), (None, None, ()), ("[]", ("0" * 64,), ()), (f'["{"1" * 64}"]', (), ("1" * 64,))],
+    ids=["who started it allows", "nobody does", "the node does not", "the node does"],
+)
+def test_what_a_node_says_of_code_goes_before_who_started_the_renderer(
+    monkeypatch: pytest.MonkeyPatch, own: str | None, given: tuple[str, ...] | None, allowed: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("FARM_REMOTE_CODE", own or "")  # so that it is put back
+    if own is None:
+        monkeypatch.delenv("FARM_REMOTE_CODE")
+    export(Settings() if given is None else Settings(remote_code=given))
+    assert load_settings().remote_code == allowed
