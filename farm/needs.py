@@ -207,7 +207,8 @@ def folders_of(card: ModelCard, folder: Path) -> dict[str, tuple[str, ...]]:
             for part, names in PARTS[card.family].items()
         }
     index = _json(card, folder / "model_index.json")
-    there = [name for name, entry in index.items() if isinstance(entry, list) and entry and entry[0] is not None]
+    named = {name: entry for name, entry in index.items() if not name.startswith("_")}
+    there = [name for name, entry in named.items() if isinstance(entry, list) and entry and entry[0] is not None]
     weighty = [name for name in sorted(there) if any((folder / name).glob("*.safetensors"))]
     denoiser = tuple(name for name in weighty if name.startswith(("transformer", "unet")))
     decoder = tuple(name for name in weighty if name.startswith(("vae", "vqvae", "movq")))

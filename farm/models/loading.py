@@ -1,7 +1,7 @@
 """From files to loaded parts: safetensors, GGUF or quantised as they load, into torch modules in host memory.
 
-Never runs code that comes with weights, never reads pickles, and never asks the network. What is missing, broken or does not
-fit is a ModelCardError that names the file.
+Runs no code that comes with weights (classes of it come as they are, from `farm.models.remotecode`), never reads pickles, and
+never asks the network. What is missing, broken or does not fit is a ModelCardError that names the file.
 """
 
 import importlib.util

@@ -2,7 +2,8 @@
 
 The farm knows nothing of such a model: its pipeline encodes, denoises and decodes in one call, with a generator for each image,
 so that a picture follows from its seed. All of it stays on the device; nothing is drawn within its steps. Only classes that
-come with diffusers and transformers are run, only safetensors are read.
+come with diffusers and transformers are run, and of code that comes with weights what the card pins and this machine allows
+(`farm.models.remotecode`); only safetensors are read.
 """
 
 import inspect
@@ -22,14 +23,32 @@ from farm.modelcard import ModelCard, RenderParams
 from farm.models.diffusion import DiffusionFamily, Modules, sound
 from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
 from farm.models.loading import load_part
+from farm.models.remotecode import RemoteCode
 from farm.models.schedulers import load_scheduler
+from farm.pinnedcode import refuse_unallowed
 from farm.plan import ImageSpec
 
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+MODELS = (diffusers.ModelMixin, transformers.PreTrainedModel)
+"""What a part of a card's code is one of, unless it is a scheduler: its weights are then read as any other's."""
+NOT_RUN = "code that comes with weights is not run unless the card pins it (`code`) and this machine allows it (FARM_REMOTE_CODE)"
 DENOISERS = ("transformer", "unet")
 NEEDED = ("prompt", "width", "height", "num_inference_steps", "generator", "output_type")
 """Arguments that a pipeline must take."""
 OURS = (*NEEDED, "negative_prompt", "guidance_scale", "num_images_per_prompt", "return_dict")
 """Arguments that a card cannot give as options."""
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What a model_index.json says. `kind`: the pipeline's class; `parts`: the classes of its parts that have weights or are the
+    card's code, of which `coded` says the latter's names; `said`: all of it, with names of diffusers' and transformers' own
+    classes in place of the card's code."""
+
+    kind: Any
+    parts: dict[str, Any]
+    coded: frozenset[str]
+    said: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +63,8 @@ class PipelineFamily(DiffusionFamily):
     """A pipeline of diffusers on one device."""
 
     def place(self) -> None:
-        """As any other family's, and it fits whole or not at all."""
+        """As any other family's, and it fits whole or not at all. Raises ModelCardError for code that is not allowed here."""
+        refuse_unallowed(self._card)
         super().place()
         if self.placement is not None and (layout := self.placement.layout) != "resident":
             self.placement = None
@@ -54,8 +74,13 @@ class PipelineFamily(DiffusionFamily):
             )
 
     def _load_modules(self, folder: Path) -> Modules:
-        card, loader = self._card, self._loader
-        kind, parts = _index(card, folder)
+        code = RemoteCode(self._card, folder)
+        index = _index(self._card, folder, code)
+        with code.blamed("model_index.json"):
+            return self._assembled(folder, index)
+
+    def _assembled(self, folder: Path, index: Index) -> Modules:
+        card, loader, kind, parts = self._card, self._loader, index.kind, index.parts
         denoiser = next((name for name in DENOISERS if name in parts), None)
         if denoiser is None or "vae" not in parts:
             raise ModelCardError(
@@ -65,11 +90,15 @@ class PipelineFamily(DiffusionFamily):
         for name, part in parts.items():
             if name.startswith("text_encoder"):
                 own[name] = loader.encoder(name, part)
+            elif name in index.coded - own.keys():
+                weights = {"dtype": self._dtype, "use_safetensors": True} if issubclass(part, nn.Module) else {}
+                own[name] = loader.small(name, part, **weights)
+        reads = _reading(index) if card.code else kind
         pipeline: Any = load_part(
             card,
             folder,
             "model_index.json",
-            lambda: kind.from_pretrained(
+            lambda: reads.from_pretrained(
                 folder,
                 dtype=self._dtype,
                 use_safetensors=True,
@@ -181,33 +210,67 @@ class PipelineFamily(DiffusionFamily):
         return Decoded(tuple(pixels), tuple(sound_ones.tolist()))
 
 
-def _index(card: ModelCard, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Return the pipeline's class and those of its parts that have weights. Raises ModelCardError for code of others."""
+def _index(card: ModelCard, folder: Path, code: RemoteCode) -> Index:
+    """Read a model's index, once. Raises ModelCardError for code that the card does not pin."""
     where = folder / "model_index.json"
     index: dict[str, Any] = load_part(
         card, folder, where.name, lambda: dict(json.loads(where.read_text(encoding="utf-8")))
     )
-    name = index.get("_class_name")
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    name: Any = index.get("_class_name")
+    kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if file := _pinned_file(card, name):
+        kind = code.find(file, name[1], (diffusers.DiffusionPipeline,))
+        index["_class_name"] = kind.__name__
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise ModelCardError(
-            f"model {card.name}: {where} names the pipeline {name}, which diffusers {diffusers.__version__} has not; code "
-            f"that comes with weights is not run: choose another model, or a newer diffusers"
+            f"model {card.name}: {where} names the pipeline {name}, which diffusers {diffusers.__version__} has not; {NOT_RUN}: "
+            "pin it, choose another model, or a newer diffusers"
         )
     parts: dict[str, Any] = {}
-    for part, entry in index.items():
-        if not isinstance(entry, list) or part.startswith("_") or entry[0] is None:
+    coded: set[str] = set()
+    for part, entry in list(index.items()):
+        match entry:
+            case [str(package), str(class_name)] if not part.startswith("_"):
+                file = _pinned_file(card, entry, part)
+            case _:
+                continue
+        if file is not None:
+            kinds = (diffusers.SchedulerMixin,) if part.endswith("scheduler") else MODELS
+            parts[part] = code.find(file, class_name, kinds)
+            stock = next(one for one in kinds if issubclass(parts[part], one))
+            index[part] = [stock.__module__.partition(".")[0], stock.__name__]
+            coded.add(part)
             continue
-        package, class_name = entry
-        if package not in ("diffusers", "transformers") and not hasattr(diffusers.pipelines, str(package)):
+        if package not in LIBRARIES and not hasattr(diffusers.pipelines, package):
             raise ModelCardError(
-                f"model {card.name}: {where} names {class_name} of {package} as its {part}; code that comes with weights is "
-                f"not run: choose another model"
+                f"model {card.name}: {where} names {class_name} of {package} as its {part}; {NOT_RUN}: pin it, or choose "
+                "another model"
             )
-        found = getattr({"diffusers": diffusers, "transformers": transformers}.get(package), str(class_name), None)
+        found = getattr(LIBRARIES.get(package), class_name, None)
         if isinstance(found, type) and issubclass(found, nn.Module):
             parts[part] = found
-    return kind, parts
+    return Index(kind, parts, frozenset(coded), index)
+
+
+def _pinned_file(card: ModelCard, entry: object, part: str = "") -> str | None:
+    """The file of a card's code that [module, class] names: in the part's folder, else beside model_index.json."""
+    match entry:
+        case [str(module), str()] if module not in LIBRARIES:
+            return next((file for file in (f"{part}/{module}.py", f"{module}.py") if file in card.code), None)
+    return None
+
+
+def _reading(index: Index) -> Any:
+    """The pipeline's class, which reads `index` and not the file: diffusers would look for code that is named there itself."""
+
+    def load_config(cls: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        return dict(index.said)
+
+    return type(
+        index.kind.__name__,
+        (index.kind,),
+        {"load_config": classmethod(load_config), "__module__": index.kind.__module__},
+    )
 
 
 def _arguments(card: ModelCard, pipeline: Any) -> frozenset[str]:

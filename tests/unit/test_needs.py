@@ -235,6 +235,10 @@ def test_the_parts_of_any_other_pipeline_follow_from_its_index(folder: Path) -> 
     assert in_bytes(needs_of(some, folder, dtype="bfloat16", batch=1).encoder_gib) == 2 * sum(
         a * b for a, b in ((64, 32), (192, 64), (32, 1), (64, 32), (64, 64))
     )
+    coded = {"_class_name": ["pipeline", "SomePipeline"], "transformer": ["my_transformer", "SomeTransformer"]}
+    (folder / "model_index.json").write_text(json.dumps(index | coded))
+    shutil.copytree(folder / "vae", folder / "_class_name")
+    assert folders_of(some, folder)["encoder"] == ("text_encoder",)
     del index["transformer"]
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ModelCardError, match=r"model_index\.json names no denoiser \(transformer or unet\) with a"):
