@@ -1,7 +1,7 @@
 """Look a model's files over by their headers: what each part weighs, and what is wrong with it.
 
 Reads no tensor and loads nothing, so tens of gigabytes are looked over in a moment. What is wrong is said, not raised, part
-by part: a file that is cut off, a shard that is not there, a pickle under another name.
+by part: a file that is cut off, a shard that is not there, a pickle under another name, code that is not as it was pinned.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 from farm.errors import FarmError, ModelCardError
 from farm.modelcard import ModelCard
 from farm.needs import folders_of
+from farm.pinnedcode import read_file
 from farm.settings import Settings
 from farm.tensorfiles import TensorHead, read_heads, without_copies
 from farm.weights import are_here, locate_file, locate_source, sources_of
@@ -67,6 +68,8 @@ def check_weights(card: ModelCard, settings: Settings) -> Iterator[PartReport]:
         yield _folder(card, "decoder", locate_source(card, card.decoder, settings=settings))
     for adapter in card.adapters:
         yield _file(card, f"adapter {adapter.name}", locate_file(card, adapter, settings=settings))
+    if card.code:
+        yield _code(card, locate_source(card, card.source, settings=settings))
 
 
 def _model(card: ModelCard, settings: Settings) -> Iterator[PartReport]:
@@ -99,10 +102,12 @@ def _layout_faults(card: ModelCard, folder: Path) -> Iterator[str]:
     if fault is not None:
         yield fault
         return
-    if not isinstance(index.get("_class_name"), str):
-        yield f"{folder / 'model_index.json'} names no pipeline as its _class_name; {AGAIN}"
+    kind = index.get("_class_name")
+    coded = isinstance(kind, list) and kind and f"{kind[0]}.py" in card.code
+    if not isinstance(kind, str) and not coded:
+        yield f"{folder / 'model_index.json'} names no pipeline as its _class_name, nor one of the card's code; {AGAIN}"
     for name, entry in index.items():
-        if not isinstance(entry, list) or not entry or entry[0] is None:
+        if name.startswith("_") or not isinstance(entry, list) or not entry or entry[0] is None:
             continue
         replaced = (card.denoiser and name.startswith(WEIGHTY[:2])) or (card.decoder and name.startswith(WEIGHTY[2:5]))
         if not name.isidentifier():
@@ -171,6 +176,17 @@ def _folder(card: ModelCard, name: str, folder: Path) -> PartReport:
     return PartReport(
         name, len(files), sum(report.size_bytes for report in reports), tuple(dtypes.most_common()), tuple(faults)
     )
+
+
+def _code(card: ModelCard, folder: Path) -> PartReport:
+    """Hold the code that a card pins against its hashes; none of it is run."""
+    faults, size_bytes = [], 0
+    for name in card.code:
+        try:
+            size_bytes += len(read_file(card, folder, name))
+        except ModelCardError as exc:
+            faults.append(exc.message.removeprefix(f"model {card.name}: "))
+    return PartReport("code", len(card.code), size_bytes, (), tuple(faults))
 
 
 def _strangers(card: ModelCard, file: Path, named: dict[str, str]) -> list[str]:

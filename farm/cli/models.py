@@ -72,12 +72,13 @@ def show(
     cards, bad = _cards(name, settings)
     if options.json:
         records: list[dict[str, Any]] = [
-            {**card.model_dump(mode="json"), "weights": weights_of(card, settings)} for card in cards
+            {**card.model_dump(mode="json"), "weights": weights_of(card, settings), **_code_record(card, settings)}
+            for card in cards
         ]
         faults = [{"name": stem, "fault": fault} for stem, fault in bad.items()]
         print_json(records[0] if name else {"models": records} | ({"faults": faults} if faults else {}))
     elif name:
-        _show(cards[0], weights_of(cards[0], settings))
+        _show(cards[0], settings, weights_of(cards[0], settings))
     else:
         columns = ("name", "title", "family", "size", "steps", "licence", "weights")
         rows = [
@@ -126,7 +127,7 @@ def check(
         str | None, typer.Argument(metavar="[NAME]", help="One model; all that are here where left out.")
     ] = None,
 ) -> Exit:
-    """Look over the files of weights by their headers: cut off, missing, pickled; and what each part weighs."""
+    """Look over the files of weights by their headers: cut off, missing, pickled; what each part weighs; code against pins."""
     from farm.weightcheck import PartReport
     from farm.weights import are_here
 
@@ -148,7 +149,8 @@ def check(
             continue
         parts = _checked(card, settings, quiet=options.json)
         faults += sum(len(part.faults) for part in parts)
-        records.append({"name": card.name, "weights": "here", "parts": [dataclasses.asdict(part) for part in parts]})
+        looked = [dataclasses.asdict(part) for part in parts]
+        records.append({"name": card.name, "weights": "here", "parts": looked, **_code_record(card, settings)})
     if options.json:
         print_json({"sound": not faults, "models": records})
     elif faults:
@@ -178,10 +180,27 @@ def _checked(card: "ModelCard", settings: "Settings", *, quiet: bool) -> "list[P
         if quiet:
             continue
         kinds = ", ".join(f"{_weights(elements)} {printable(dtype)}" for dtype, elements in part.dtypes) or "nothing"
+        if part.name == "code":
+            kinds = _permission(card, settings)
         say(f"  {part.name:<16} {size(part.size_bytes):>8}  {count(part.files, 'file')}  {kinds}")
         for fault in part.faults:
             say(f"  FAULT {printable(fault)}")
     return parts
+
+
+def _permission(card: "ModelCard", settings: "Settings") -> str:
+    """The digest of the code that a card runs, and whether this machine allows it."""
+    from farm.pinnedcode import digest_of, how_to_allow, is_allowed
+
+    allowed = is_allowed(card, settings)
+    said = "allowed here" if allowed else f"not allowed here; {how_to_allow(card, settings)} allows it, once it is read"
+    return f"{digest_of(card)}, {said}"
+
+
+def _code_record(card: "ModelCard", settings: "Settings") -> dict[str, Any]:
+    from farm.pinnedcode import digest_of, is_allowed
+
+    return {"code_digest": digest_of(card), "code_allowed": is_allowed(card, settings)} if card.code else {}
 
 
 def _weights(number: int) -> str:
@@ -220,7 +239,7 @@ class _Line:
             note("")
 
 
-def _show(card: "ModelCard", weights: str) -> None:
+def _show(card: "ModelCard", settings: "Settings", weights: str) -> None:
     limits, defaults = card.limits, card.defaults
     say(f"{card.name}: {card.title}")
     say(f"  family     {card.family}")
@@ -240,6 +259,9 @@ def _show(card: "ModelCard", weights: str) -> None:
         say(f"  quicker    {device}: {accelerated}")
     for option, value in card.options.items():
         say(f"  option     {option}: {value}")
+    if card.code:
+        say(f"  code       {', '.join(sorted(card.code))}")
+        say(f"  digest     {_permission(card, settings)}")
     say(f"  licence    {card.licence}")
     if card.licence_warning is not None:
         say(f"  warning    {card.licence}: {card.licence_warning}")

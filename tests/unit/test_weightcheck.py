@@ -1,5 +1,6 @@
 """What looking a model's files over finds: each way a download can be wrong."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -164,6 +165,31 @@ def test_a_pipelines_parts_that_its_index_names_are_missed(encoder: Path) -> Non
         f"{encoder.parent}/text_encoder_2 has no .safetensors file; fetch the weights again",
         f"{encoder.parent}/feature, which model_index.json names, is not there or empty; fetch the weights again",
         f"{encoder.parent}/model_index.json names a part 'a\\x00', which no folder is called; fetch the weights again",
+    )
+
+
+def test_code_is_held_against_its_hashes_and_not_run(encoder: Path) -> None:
+    index = {"_class_name": ["pipeline", "X"], "transformer": ["diffusers", "X"], "vae": ["my_vae", "X"]}
+    (encoder.parent / "model_index.json").write_text(json.dumps(index))
+    (encoder.parent / "pipeline.py").write_text("raise SystemExit\n")
+    sha256 = hashlib.sha256(b"raise SystemExit\n").hexdigest()
+    changes = {"family": "diffusers", "code": {"pipeline.py": sha256, "vae/my_vae.py": sha256}}
+    *parts, code = check_weights(own(encoder).model_copy(update=changes), Settings())
+    assert [(part.name, part.faults) for part in parts] == [("transformer", ()), ("vae", ())]
+    assert code == PartReport(
+        "code",
+        2,
+        17,
+        (),
+        (
+            f"{encoder.parent}/vae/my_vae.py, pinned as code, cannot be read: No such file or directory; fetch the weights "
+            "again, or mend the card's code",
+        ),
+    )
+    unpinned = own(encoder).model_copy(update={"family": "diffusers"})
+    assert next(check_weights(unpinned, Settings())).faults == (
+        f"{encoder.parent}/model_index.json names no pipeline as its _class_name, nor one of the card's code; fetch the weights "
+        "again",
     )
 
 

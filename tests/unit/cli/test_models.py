@@ -1,3 +1,4 @@
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -153,6 +154,38 @@ def test_check_ends_with_7_where_a_file_is_wrong(own: Place) -> None:
     assert f"  FAULT {vae} is cut off or not a safetensors file; fetch the weights again" in ended.out.splitlines()
     assert ended.err == "1 fault; pull the model again, or mend its card\n"
     assert json.loads(own("models", "check", "own", "--json").out)["sound"] is False
+
+
+def test_code_that_a_card_runs_is_told_with_its_digest_and_permission(
+    own: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = own.folder / "cards" / "weights"
+    (weights / "pipeline.py").write_text("raise SystemExit\n")
+    sha256 = hashlib.sha256(b"raise SystemExit\n").hexdigest()
+    (weights / "model_index.json").write_text(
+        json.dumps({"_class_name": ["pipeline", "X"], "transformer": ["pipeline", "Y"], "vae": ["diffusers", "Z"]})
+    )
+    (weights / "transformer" / "model.safetensors").write_bytes(tensors(w=("BF16", (5,), 10)))
+    plain = CARD[: CARD.index("denoiser:")].replace("z-image", "diffusers")
+    (own.folder / "cards" / "own.yaml").write_text(f"{plain}code: {{pipeline.py: {sha256}}}\n")
+    digest = hashlib.sha256(f'{{"pipeline.py":"{sha256}"}}'.encode()).hexdigest()
+    forbidden = f"""not allowed here; FARM_REMOTE_CODE='["{digest}"]' allows it, once it is read"""
+    for command, file in (
+        ("show", "code       pipeline.py\n  digest     "),
+        ("check", "code                 17 B  1 file  "),
+    ):
+        monkeypatch.delenv("FARM_REMOTE_CODE", raising=False)
+        assert f"  {file}{digest}, {forbidden}\n" in own("models", command, "own").out
+        monkeypatch.setenv("FARM_REMOTE_CODE", f'["{digest}"]')
+        ended = own("models", command, "own")
+        assert ended.code == 0
+        assert f"  {file}{digest}, allowed here\n" in ended.out
+        found = json.loads(own("models", command, "own", "--json").out)
+        assert {"code_digest": digest, "code_allowed": True}.items() <= found.get("models", [found])[0].items()
+    (weights / "pipeline.py").write_text("print()\n")
+    ended = own("models", "check", "own")
+    assert ended.code == 7
+    assert f"  FAULT {weights / 'pipeline.py'} is not the code that the card pins (sha256 " in ended.out
 
 
 @pytest.mark.parametrize("words", [("models",), ("models", "list"), ("models", "check")])
