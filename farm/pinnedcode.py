@@ -36,7 +36,10 @@ def how_to_allow(card: ModelCard, settings: Settings) -> str:
 
 def refuse_unallowed(card: ModelCard, settings: Settings | None = None) -> None:
     """Raise ModelCardError where the card pins code that may not be run here. `settings`: this process's own where left out."""
-    if not card.code or is_allowed(card, settings := settings or load_settings()):
+    if not card.code:
+        return
+    settings = settings or load_settings()
+    if is_allowed(card, settings):
         return
     names = sorted(card.code)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
