@@ -29,7 +29,7 @@ check: install
 test: install
 	@infra/s3/ceph.sh install || echo 'no S3 server: its tests are skipped, or fail where CI=true'
 	@infra/prometheus/install.sh || echo 'no Prometheus: its tests are skipped, or fail where CI=true'
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 3 --dist loadgroup
 
 bench: install
 	$(BIN)/python -m farm.bench
