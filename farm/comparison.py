@@ -31,7 +31,7 @@ def compare(request: Request, table: PromptTable, plans: Sequence[Plan], ledger:
     """Compare what a manifest asks for with what its job was planned from; drawn values have no part in it."""
     plan = plans[-1]
     changes = [
-        *_changes("model", *(card_identity(one.card, plan.numerics.device) for one in (plan, request))),
+        *model_differences(*(card_identity(one.card, plan.numerics.device) for one in (plan, request))),
         *_changes("params", plan.params.model_dump(), request.params.model_dump()),
         *_changes("seeds", _seed_wish(plan.manifest), _seed_wish(request.manifest)),
         *_changes("output", plan.output.model_dump(), request.manifest.output.model_dump()),
@@ -102,7 +102,7 @@ def plan_differences(a: Plan, b: Plan) -> tuple[str, ...]:
 
 def model_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return in what two models differ, each as `card_identity` says what it is."""
-    return _changes("model", then, now)
+    return _changes("model", _flat(then), _flat(now))
 
 
 def numerics_differences(planned: Numerics, here: Numerics) -> tuple[str, ...]:
@@ -137,13 +137,13 @@ def _changes(place: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> lis
         return "none" if value is None else shown(value)
 
     return [
-        f"{place}.{name}: {said(then.get(name))} -> {said(now.get(name))}"
+        f"{place}.{name if name.isprintable() else shown(name)}: {said(then.get(name))} -> {said(now.get(name))}"
         for name in dict.fromkeys((*then, *now))
         if then.get(name) != now.get(name)
     ]
 
 
-def _flat(value: dict[str, Any]) -> dict[str, Any]:
+def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, entry in value.items():
         if isinstance(entry, dict):

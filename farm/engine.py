@@ -433,7 +433,10 @@ class EmbeddingCache:
 
 
 class _pipeline_errors:  # noqa: N801  (used as a statement)
-    """Turns whatever a pipeline raises into a RenderError that says what was being done; the farm's own errors pass."""
+    """Turns whatever a pipeline raises into a RenderError that says what was being done; the farm's own errors pass.
+
+    SystemExit is among it: code that comes with weights ends no process of ours.
+    """
 
     def __init__(self, doing: str):
         self._doing = doing
@@ -442,7 +445,7 @@ class _pipeline_errors:  # noqa: N801  (used as a statement)
         return None
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
-        if isinstance(exc, Exception) and not isinstance(exc, FarmError):
+        if isinstance(exc, (Exception, SystemExit)) and not isinstance(exc, FarmError):
             line = " ".join(str(exc).split())[:500]
             raise RenderError(f"could not {self._doing}: {type(exc).__name__}: {line}") from exc
 

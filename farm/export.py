@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from farm.errors import ControlError, ObjectMissingError, RecordError
 from farm.ledger import Ledger
-from farm.plan import Plan
+from farm.plan import Plan, speed_identity
 from farm.prefetch import in_order
 from farm.receipt import COLUMNS, ImageRow, Receipt, rows_to_table
 from farm.records import Profile, Totals
@@ -211,6 +211,7 @@ class _Tally:
             model=plan.card.name,
             device=device,
             acceleration=plan.card.accelerated_on(plan.numerics.device),
+            identity=speed_identity(plan.card, plan.numerics),
             seconds_per_image=self.drawn_seconds / self.ok,
             width=width,
             height=height,

@@ -12,10 +12,11 @@ from farm.errors import PlacementError, SettingsError
 from farm.modelcard import ModelCard
 from farm.needs import GIB, files_of, measured_of, needs_of
 from farm.placement import DeviceLimits, Placement, Within, place
-from farm.plan import Numerics
+from farm.plan import Numerics, speed_identity
 from farm.records import Profile, Stages
 from farm.settings import Settings
 from farm.weights import are_here, locate
+from farm.yamlfile import shown
 
 SOONER: dict[Within, int] = {"nothing": 0, "encoded": 1, "anything": 2}
 OLDER = (
@@ -54,8 +55,9 @@ def asked_device(names: Sequence[str], *, vram_gib: float | None, here: DeviceIn
             gib = float(size)
         except ValueError:
             gib = 0.0
-        if not (colon and title.strip() and 0 < gib < 10_000):
-            raise SettingsError(f"--device {name}: write its name and its memory in GiB, as --device 'RTX 4060 Ti:16'")
+        if not (colon and title.strip() and title.isprintable() and 0 < gib < 10_000):
+            said = name if name.isprintable() else shown(name)
+            raise SettingsError(f"--device {said}: write its name and its memory in GiB, as --device 'RTX 4060 Ti:16'")
         upper = title.upper()
         capability = next((older for names, older in OLDER if names.search(upper)), (8, 0))
         gpus.append(Gpu("", title.strip(), int(gib * GIB), capability))
@@ -140,7 +142,8 @@ def _fit(
             continue
         if SOONER[changed.within] > SOONER[placement.within]:
             sooner.append((change, changed))
-    return Fit(limits.name, count, placement, sooner=tuple(sooner), stages=profile.stages if profile else None)
+    stages = profile.stages if profile and profile.is_of(speed_identity(card, numerics)) else None
+    return Fit(limits.name, count, placement, sooner=tuple(sooner), stages=stages)
 
 
 def _variants(card: ModelCard) -> Iterator[tuple[str, ModelCard]]:

@@ -350,9 +350,9 @@ class Ledger:
             return None
 
     def put_profile(self, profile: Profile) -> None:
-        """Write what was measured. A job's leaves the stages that a benchmark measured as they are."""
+        """Write what was measured. A job's leaves the stages that a benchmark measured of the same model as they are."""
         key = profile_key(profile.model, profile.device, profile.acceleration)
-        if profile.stages is None and (known := self._profile(key)) is not None:
+        if profile.stages is None and (known := self._profile(key)) is not None and known.identity == profile.identity:
             profile = profile.model_copy(update={"stages": known.stages})
         self.store.put(key, profile.model_dump_json().encode(), content_type=_JSON)
 
@@ -371,7 +371,7 @@ class Ledger:
         except ObjectMissingError:
             return None
         except RecordError as exc:
-            _log.warning("profile ignored", extra={"reason": exc.message})
+            _log.warning("profile ignored; farm bench, or a job, measures anew", extra={"reason": exc.message})
             return None
 
     def _stored_pass(self, plan: Plan, number: int) -> Indexes:

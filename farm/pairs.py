@@ -33,6 +33,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MOST_ROWS = 100_000
 """Of one job, so many pictures are looked at at most: the first ones."""
 PARAMS = ("prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed")
+MOST_CHANGES = 50
 _BENCH = "bench.json"
 _NAME_SHOWN = 100
 _DRAWN_BESIDE = ("sheet", "pairs", "acceleration")
@@ -406,15 +407,14 @@ def _changes(a: Side, b: Side, pairs: Sequence[tuple[Shown, Shown]]) -> tuple[st
                 counted[f"{name}: differs"] += 1
             else:
                 counted[f"{name}: {_said(then)} -> {_said(now)}"] += 1
-    found = [
-        said if count == len(pairs) else f"{said} ({count:,} of {len(pairs):,} pairs)"
-        for said, count in counted.items()
-    ]
-    return (*whole, *found)
+    named = counted.most_common(MOST_CHANGES)
+    found = [said if count == len(pairs) else f"{said} ({count:,} of {len(pairs):,} pairs)" for said, count in named]
+    more = [f"and {len(counted) - len(named):,} other differences"] if len(counted) > len(named) else []
+    return (*whole, *found, *more)
 
 
 def _said(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)[:_NAME_SHOWN]
 
 
 def _side_record(side: Side) -> dict[str, Any]:

@@ -330,6 +330,11 @@ def drawing_identity(card: ModelCard, numerics: Numerics) -> str:
     )
 
 
+def speed_identity(card: ModelCard, numerics: Numerics) -> str:
+    """Return a digest of what decides how long a picture takes: the model and its dtype, whatever the versions."""
+    return canonical_digest({"card": card_identity(card, numerics.device), "dtype": numerics.dtype})
+
+
 def canonical_digest(value: Any) -> str:
     """Return the sha256 of a JSON value with sorted keys and no blanks."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)

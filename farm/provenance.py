@@ -98,7 +98,7 @@ class Provenance:
             parsed = cls(
                 **fields | {"params": RenderParams(**fields["params"]), "numerics": Numerics(**fields["numerics"])}
             )
-        except (ValueError, TypeError, KeyError, AttributeError, ValidationError) as exc:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ValidationError) as exc:
             raise PictureError(broken) from exc
         texts = (parsed.prompt, parsed.plan, parsed.pixels_sha256, parsed.key or "")
         numbers = (parsed.index, parsed.seed, parsed.quality or 0)

@@ -5,7 +5,7 @@ Each carries the version that wrote it; one from a newer farm is refused, never 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -125,15 +125,22 @@ class Tombstone(Record):
     runs: tuple[str, ...] = ()
 
 
+Seconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
+"""What somebody may have measured: at most some months."""
+Moment = Annotated[float, Field(ge=1e-9, le=1e7, allow_inf_nan=False)]
+"""The same of something that takes time at all."""
+Count = Annotated[int, Field(gt=0, le=10**6)]
+
+
 class ShapeSpeed(BaseModel):
     """How fast pictures of one size were drawn: seconds of one denoising step and of decoding, each an image's share."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    width: int = Field(gt=0)
-    height: int = Field(gt=0)
-    step_s: float = Field(gt=0)
-    decode_s: float = Field(ge=0)
+    width: Count
+    height: Count
+    step_s: Moment
+    decode_s: Seconds
 
     @property
     def pixels(self) -> int:
@@ -222,14 +229,21 @@ class Profile(Record):
     model: str
     device: str
     acceleration: Acceleration = PLAIN
-    seconds_per_image: float = Field(gt=0)
-    width: int = Field(gt=0)
-    height: int = Field(gt=0)
-    num_inference_steps: int = Field(gt=0)
-    batch: int = Field(gt=0)
+    identity: str | None = Field(
+        default=None, description="digest of what was measured: model and dtype; None: unknown"
+    )
+    seconds_per_image: Moment
+    width: Count
+    height: Count
+    num_inference_steps: Count
+    batch: Count
     images: int = Field(gt=0, description="how many were measured")
     measured_at: str = Field(description="ISO 8601, UTC")
     stages: Stages | None = None
+
+    def is_of(self, identity: str) -> bool:
+        """Whether it was measured of that model in that dtype, as far as anybody knows."""
+        return self.identity in (None, identity)
 
     def seconds_of(self, params: RenderParams) -> float:
         """Estimate an image's seconds: what was measured, scaled by its stages where they are known, else by pixels x steps."""

@@ -4,6 +4,7 @@ Checks parameters against the card before any prompt is read. Writes nothing.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +27,7 @@ from farm.modelcard import (
     param_fault,
     resolved,
 )
-from farm.pinnedcode import refuse_unallowed
-from farm.plan import Numerics, mean_work
+from farm.plan import Numerics, mean_work, speed_identity
 from farm.settings import Settings
 from farm.sources import StoreOpener
 from farm.storage.opening import open_store
@@ -51,6 +51,8 @@ class Request:
     open_store: StoreOpener
     owner: str = ""
     warnings: tuple[Advice, ...] = ()
+    others: tuple[str, ...] = ()
+    """Names of the pool's further devices; they may be of other kinds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +77,7 @@ def prepare(loaded: LoadedManifest, settings: Settings, *, device: DeviceInfo, r
     PlacementError; prompts are not looked at yet."""
     manifest, document = loaded.manifest, loaded.document
     try:
-        card = find_card(manifest.model, settings)
-        if settings.address is None:  # elsewhere it is for the renderers' own machines to say
-            refuse_unallowed(card, settings)
-        card = pinned(card, settings=settings)
+        card = pinned(find_card(manifest.model, settings), settings=settings)
     except FarmError as exc:
         raise type(exc)(f"{document.where(('model',))}: {exc.message}") from exc
     wish = wish_of(loaded, card)
@@ -94,6 +93,7 @@ def prepare(loaded: LoadedManifest, settings: Settings, *, device: DeviceInfo, r
         open_store=partial(open_store, settings=settings),
         owner=settings.owner or "",
         warnings=wish.warnings,
+        others=tuple(gpu.name for gpu in device.gpus[1:]),
     )
 
 
@@ -121,11 +121,24 @@ def wish_of(loaded: LoadedManifest, card: ModelCard) -> Wish:
 
 
 def speed_of(request: Request, ledger: Ledger | None) -> Speed:
+    """How fast a renderer of the pool is: where its devices differ, such that all of them side by side come to the same."""
+    devices = Counter((request.device, *request.others))
+    found = {device: _speed_on(device, request, ledger) for device in devices}
+    known = {device: speed.seconds_per_image for device, speed in found.items() if speed.seconds_per_image is not None}
+    if not known:
+        return Speed(None, "unknown")
+    a_second = sum(devices[device] / seconds for device, seconds in known.items())
+    measured = all(speed.source == "measured" for speed in found.values())
+    return Speed(sum(devices[device] for device in known) / a_second, "measured" if measured else "estimated")
+
+
+def _speed_on(device: str, request: Request, ledger: Ledger | None) -> Speed:
     params, card, kind = request.params, request.card, request.numerics.device
-    profile = ledger.profile(card.name, request.device, card.accelerated_on(kind)) if ledger else None
+    profile = ledger.profile(card.name, device, card.accelerated_on(kind)) if ledger else None
     if profile is not None:
         then = (profile.width, profile.height, profile.num_inference_steps)
-        if then == (params.width, params.height, params.num_inference_steps) and request.points == (ParamOverrides(),):
+        alike = then == (params.width, params.height, params.num_inference_steps)
+        if alike and request.points == (ParamOverrides(),) and profile.is_of(speed_identity(card, request.numerics)):
             return Speed(profile.seconds_per_image, "measured")
         each = [profile.seconds_of(merged(params, point)) for point in request.points]
         return Speed(statistics.fmean(each), "estimated")

@@ -145,8 +145,10 @@ def load_settings(**flags: object) -> Settings:
             advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(Settings.model_fields)}"
             raise SettingsError(f"farm.toml: unknown key {name}; {advice}") from exc
         variable = f"FARM_{str(first['loc'][0]).upper()}" if first["loc"] else "the variable"
+        example = _EXAMPLES.get(name.partition(".")[0])
+        said = f", written as {example}" if example else ""
         raise SettingsError(
-            f"setting {name}: {first['msg']}, got {first['input']!r}; mend {variable}, farm.toml or the flag"
+            f"setting {name}: {first['msg']}, got {first['input']!r}; mend {variable}{said}, farm.toml or the flag"
         ) from exc
     except UnreadableError as exc:
         found = re.search(r'field "(\w+)"', str(exc))

@@ -4,6 +4,7 @@ Reads no tensor and loads nothing, so tens of gigabytes are looked over in a mom
 by part: a file that is cut off, a shard that is not there, a pickle under another name, code that is not as it was pinned.
 """
 
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,7 @@ SCHEDULED = ("z-image", "qwen-image")
 """Families that read the settings of their scheduler from the model's folder."""
 WEIGHTY = ("transformer", "unet", "vae", "vqvae", "movq", "text_encoder", "image_encoder")
 """How the parts of a pipeline begin that have weights."""
+LIBRARIES = ("diffusers", "transformers")
 MAX_SETTINGS_BYTES = 64 * 2**20
 AGAIN = "fetch the weights again"
 
@@ -103,19 +105,43 @@ def _layout_faults(card: ModelCard, folder: Path) -> Iterator[str]:
         yield fault
         return
     kind = index.get("_class_name")
-    coded = isinstance(kind, list) and kind and f"{kind[0]}.py" in card.code
-    if not isinstance(kind, str) and not coded:
-        yield f"{folder / 'model_index.json'} names no pipeline as its _class_name, nor one of the card's code; {AGAIN}"
+    if isinstance(kind, list) and kind:
+        yield from _unpinned(card, folder, "", kind)
+    elif not isinstance(kind, str):
+        yield f"{folder / 'model_index.json'} names no pipeline as its _class_name; {AGAIN}"
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or not entry or entry[0] is None:
             continue
         replaced = (card.denoiser and name.startswith(WEIGHTY[:2])) or (card.decoder and name.startswith(WEIGHTY[2:5]))
         if not name.isidentifier():
             yield f"{folder / 'model_index.json'} names a part {shown(name)}, which no folder is called; {AGAIN}"
-        elif not any((folder / name).glob("*")):
+            continue
+        yield from _unpinned(card, folder, name, entry)
+        if not any((folder / name).glob("*")):
             yield f"{folder / name}, which model_index.json names, is not there or empty; {AGAIN}"
         elif name.startswith(WEIGHTY) and not replaced and not any((folder / name).glob("*.safetensors")):
             yield f"{folder / name} has no .safetensors file; {AGAIN}"
+
+
+def _unpinned(card: ModelCard, folder: Path, part: str, entry: list[Any]) -> Iterator[str]:
+    """Say where a class, [module, name], is neither diffusers' nor transformers', nor of code that the card pins."""
+    module = str(entry[0])
+    if module in LIBRARIES or _is_pipeline(module) or {f"{part}/{module}.py", f"{module}.py"} & card.code.keys():
+        return
+    what = f"as its {part} " if part else ""
+    yield (
+        f"{folder / 'model_index.json'} names {what}code, {shown(module)}, that the card does not pin, and it is not run: pin it "
+        "(`code`) once it is read, or choose another model"
+    )
+
+
+def _is_pipeline(module: str) -> bool:
+    """Whether it is one of diffusers' own pipelines, without loading those."""
+    spec = importlib.util.find_spec("diffusers")
+    places = [Path(place) / "pipelines" for place in (spec.submodule_search_locations or ()) if spec] if spec else []
+    return module.isidentifier() and any(
+        (place / module).is_dir() or (place / f"{module}.py").is_file() for place in places
+    )
 
 
 def _settings_faults(file: Path) -> list[str]:

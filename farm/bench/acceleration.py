@@ -25,6 +25,7 @@ from farm.yamlfile import did_you_mean, shown
 
 FLAG = "--accelerate"
 AGAIN = "as it is, again"
+HOW = "compile, attention=KERNEL or first_block_cache=SHARE, with commas between several, or none"
 OpenEngine = Callable[[ModelCard, Numerics], Engine]
 
 
@@ -97,7 +98,7 @@ def accelerated(card: ModelCard, text: str, *, device: Literal["cuda", "cpu"]) -
     for one in text.split(",") if text.strip() != str(PLAIN) else ():
         name, equals, value = (word.strip() for word in one.partition("="))
         if name not in names:
-            near = did_you_mean(name, names) or f"; write {', '.join(names)}"
+            near = did_you_mean(name, (*names, str(PLAIN))) or f"; write {HOW}"
             raise InputError(f"{FLAG} {shown(text)}: {shown(name)} is no way to accelerate{near}")
         given[name] = value if equals or name != "compile" else True
     try:
@@ -109,7 +110,7 @@ def accelerated(card: ModelCard, text: str, *, device: Literal["cuda", "cpu"]) -
     except ValidationError as exc:
         first = exc.errors()[0]
         at = [str(place) for place in (*first["loc"], *first.get("ctx", {}).get("at", ())) if place in names]
-        raise InputError(f"{FLAG} {shown(text)}: {': '.join([*at[-1:], first['msg']])}") from exc
+        raise InputError(f"{FLAG} {shown(text)}: {': '.join([*at[-1:], first['msg']])}; write {HOW}") from exc
 
 
 def measure_ways(

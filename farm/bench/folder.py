@@ -80,9 +80,9 @@ class BenchFolder:
         self._pictures.append((name, picture))
 
     def write(self, setup: Setup, measured: Measured, ways: Sequence[Way] = ()) -> None:
-        """Write everything. Raises InputError where the disk does not take it."""
+        """Write everything, over what was written before. Raises InputError where the disk does not take it."""
         try:
-            (self.path / "pictures").mkdir()
+            (self.path / "pictures").mkdir(exist_ok=True)
             for name, picture in self._pictures:
                 (self.path / "pictures" / f"{name}.png").write_bytes(_file(setup, picture))
             (self.path / "sheet.png").write_bytes(self._sheet(setup))

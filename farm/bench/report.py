@@ -9,7 +9,7 @@ from farm.bench.figures import Drawn, Measured, Point, Spread, spread_of, thinne
 from farm.modelcard import ModelCard
 from farm.needs import MEGAPIXEL, decoded_together, denoised_together
 from farm.placement import ENCODE_GIB
-from farm.plan import Numerics, card_identity, drawing_identity
+from farm.plan import Numerics, card_identity, drawing_identity, speed_identity
 from farm.records import Profile, ShapeSpeed, Stages, WorkingMemory
 
 SAMPLES_KEPT = 2000
@@ -47,6 +47,7 @@ def profile_of(setup: Setup, measured: Measured) -> Profile:
         model=setup.card.name,
         device=setup.device,
         acceleration=setup.card.accelerated_on(setup.numerics.device),
+        identity=speed_identity(setup.card, setup.numerics),
         seconds_per_image=job.seconds_per_image,
         width=job.width,
         height=job.height,

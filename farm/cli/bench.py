@@ -121,13 +121,32 @@ def bench(
         batches=_listed("--batch", batch, _together),
     )
     _check(card, wish)
-    others = [accelerated(card, text, device=device.kind) for text in accelerate or ()]
-    others = [other for other in others if other.accelerated_on(device.kind) != card.accelerated_on(device.kind)]
-    ways = [(other, numerics_for(other, device=device, renderers=1)) for other in others]
+    asked = [accelerated(card, text, device=device.kind) for text in accelerate or ()]
+    others = {other.accelerated_on(device.kind): other for other in asked}
+    if (own_way := card.accelerated_on(device.kind)) in others:
+        note(f"note: {card.name} is accelerated like that already ({own_way}): it is measured anyhow")
+        del others[own_way]
+    ways = [(other, numerics_for(other, device=device, renderers=1)) for other in others.values()]
     measured_at = now_iso()
     stamp = measured_at[:19].replace("-", "").replace(":", "").replace("T", "-")
     folder = BenchFolder(out if out is not None else FOLDER / f"{card.name}-{stamp}")
     on_gpu = device.kind == "cuda"
+    setup = Setup(
+        card=card,
+        numerics=numerics,
+        device=device.name,
+        vram_gib=settings.vram_gib,
+        prompts=wish.prompts,
+        negative_prompt=params.negative_prompt if params.guidance_scale > 0 else "",
+        seed=seed,
+        images=images,
+        rounds=rounds,
+        interval_s=SAMPLE_S,
+        held="what torch's allocator has reserved" if on_gpu else "resident memory of the process",
+        measured_at=measured_at,
+        environment=environment(),
+        command=shlex.join(["farm", *sys.argv[1:]]),
+    )
     with folder.claimed():
         ledger = options.open_ledger(settings) if profile else None
         if ledger is not None:
@@ -146,36 +165,19 @@ def bench(
             measured = measure(engine, wish, start_s=_age_s(), keep=keep, say=say_how)
         finally:
             engine.unload()
-        found = (
-            measure_ways(
-                ways,
-                wish,
-                as_it_is=(card, numerics),
-                base=measured,
-                own=own.pixels,
-                open_engine=open_engine,
-                say=say_how,
-            )
-            if ways
-            else []
+        folder.write(setup, measured)
+    found = []
+    if ways:
+        found = measure_ways(
+            ways,
+            wish,
+            as_it_is=(card, numerics),
+            base=measured,
+            own=own.pixels,
+            open_engine=open_engine,
+            say=say_how,
         )
-    setup = Setup(
-        card=card,
-        numerics=numerics,
-        device=device.name,
-        vram_gib=settings.vram_gib,
-        prompts=wish.prompts,
-        negative_prompt=params.negative_prompt if params.guidance_scale > 0 else "",
-        seed=seed,
-        images=images,
-        rounds=rounds,
-        interval_s=SAMPLE_S,
-        held="what torch's allocator has reserved" if on_gpu else "resident memory of the process",
-        measured_at=measured_at,
-        environment=environment(),
-        command=shlex.join(["farm", *sys.argv[1:]]),
-    )
-    folder.write(setup, measured, found)
+        folder.write(setup, measured, found)
     profiles = [profile_of(setup, measured)]
     profiles += [
         profile_of(replace(setup, card=way.card, numerics=way.numerics), way.measured)

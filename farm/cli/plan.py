@@ -181,6 +181,9 @@ def _how_long(plan: "Plan", fit: "Fit") -> "Iterator[str]":
             yield f"for how long each is in: not measured there yet; farm bench {plan.card.name} does"
         return
     denoise_s, decode_s = stages.drawing_s(params)
+    if plan.card.family == "diffusers":  # its pipelines encode, denoise and decode in one call
+        yield f"as measured: {duration(denoise_s)} an image"
+        return
     drawing = f"denoiser {duration(denoise_s)} and decoder {duration(decode_s)} an image"
     if phased:
         prompts = max(1, min(plan.shard_images, plan.images) // (plan.seeds.count * len(plan.sweep)))
@@ -212,8 +215,9 @@ def _time(request: "Request", found: "Draft") -> str:
     if found.seconds is None:
         return "unknown: nothing of the kind was rendered on this device yet"
     said = f"about {duration(found.seconds)} on {count(request.renderers, 'renderer')}"
-    how = "measured here" if found.speed.source == "measured" else "estimated"
-    return f"{said}, {duration(found.speed.seconds_per_image or 0.0)} an image ({how}, {request.device})"
+    how = "measured on" if found.speed.source == "measured" else "estimated for"
+    devices = " and ".join(dict.fromkeys((request.device, *request.others)))
+    return f"{said}, {duration(found.speed.seconds_per_image or 0.0)} an image ({how} {devices})"
 
 
 def _limits(outlook: "Outlook", renderers: int) -> list[str]:

@@ -23,7 +23,7 @@ from farm.modelcard import ModelCard, RenderParams
 from farm.models.acceleration import accelerate, compiling
 from farm.models.device import Device, Part, Streamed
 from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
-from farm.models.loading import Loader
+from farm.models.loading import Loader, refuse_kernels
 from farm.needs import DECODE_PIXELS, files_of, needs_of
 from farm.placement import Placement, place
 from farm.plan import ImageSpec, Numerics
@@ -125,6 +125,7 @@ class DiffusionFamily(ABC):
         folder, files = self._where
         self._device.hold_to_budget()
         with self._device.errors(f"load model {card.name}"):
+            refuse_kernels(card, folder)
             self._loader = Loader(card, folder, files, self._dtype, self._device.torch)
             modules = self._modules = self._load_modules(folder)
             accelerate(card.name, modules.denoiser, self._acceleration)

@@ -5,16 +5,20 @@ never asks the network. What is missing, broken or does not fit is a ModelCardEr
 """
 
 import importlib.util
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from transformers import dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
 from farm.cardparts import Adapter
@@ -25,10 +29,16 @@ from farm.models.device import Part
 T = TypeVar("T")
 
 
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+"""Or transformers asks whoever has the terminal, in the midst of a load, whether to run code that comes with weights."""
+NOT_RUN = "code that comes with weights is not run unless the card pins it (`code`) and this machine allows it (FARM_REMOTE_CODE)"
+ATTENTION = ("eager", "sdpa")
+"""Which attention a part's own settings may name: for any other transformers looks for a package, or fetches one to be run."""
 _UNREADABLE = (
-    *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError),
+    *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError),
     SafetensorError,
     SingleFileComponentError,
+    StrictDataclassError,
 )
 
 
@@ -40,10 +50,39 @@ def load_part(card: ModelCard, folder: Path, part: str, load: Callable[[], T]) -
         if isinstance(exc, (torch.OutOfMemoryError, torch.AcceleratorError)):
             raise
         line = " ".join(str(exc).split())[:300]
+        if "trust_remote_code" in str(exc):
+            raise ModelCardError(
+                f"model {card.name}: {folder / part} needs classes that are neither diffusers' nor transformers': {NOT_RUN}; "
+                "choose another model"
+            ) from exc
+        said = "install what it needs" if isinstance(exc, ImportError) else "fetch the weights again"
         raise ModelCardError(
-            f"model {card.name}: {folder / part} cannot be loaded: {type(exc).__name__}: {line}; fetch the weights "
-            f"again, or mend the card"
+            f"model {card.name}: {folder / part} cannot be loaded: {type(exc).__name__}: {line}; {said}, or mend the card"
         ) from exc
+
+
+def refuse_kernels(card: ModelCard, folder: Path) -> None:
+    """Raise ModelCardError where the settings of a model's part name an attention kernel, which would be fetched and run."""
+    for file in sorted(folder.glob("*/config.json")):
+        settings = load_part(card, file.parent, file.name, partial(_json, file))
+        for kernel in _kernels(settings):
+            raise ModelCardError(
+                f"model {card.name}: {file} names the attention kernel {kernel!r}, and only {' and '.join(ATTENTION)} are used; "
+                "take it out there"
+            )
+
+
+def _json(file: Path) -> Any:
+    return json.loads(file.read_bytes())
+
+
+def _kernels(settings: Any, *, named: bool = False) -> Iterator[str]:
+    """Names of attention kernels anywhere in a part's settings. `named`: these are such names, by part of the part."""
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            yield from _kernels(value, named=named or name.endswith("attn_implementation"))
+    elif named and isinstance(settings, str) and settings not in ATTENTION:
+        yield settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from farm.errors import ModelCardError, PlacementError
 from farm.modelcard import ModelCard, RenderParams
 from farm.models.diffusion import DiffusionFamily, Modules, sound
 from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
-from farm.models.loading import load_part
+from farm.models.loading import NOT_RUN, load_part
 from farm.models.remotecode import RemoteCode
 from farm.models.schedulers import load_scheduler
 from farm.pinnedcode import refuse_unallowed
@@ -31,7 +31,6 @@ from farm.plan import ImageSpec
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 MODELS = (diffusers.ModelMixin, transformers.PreTrainedModel)
 """What a part of a card's code is one of, unless it is a scheduler: its weights are then read as any other's."""
-NOT_RUN = "code that comes with weights is not run unless the card pins it (`code`) and this machine allows it (FARM_REMOTE_CODE)"
 DENOISERS = ("transformer", "unet")
 NEEDED = ("prompt", "width", "height", "num_inference_steps", "generator", "output_type")
 """Arguments that a pipeline must take."""
@@ -76,7 +75,7 @@ class PipelineFamily(DiffusionFamily):
     def _load_modules(self, folder: Path) -> Modules:
         code = RemoteCode(self._card, folder)
         index = _index(self._card, folder, code)
-        with code.blamed("model_index.json"):
+        with code.blamed():
             return self._assembled(folder, index)
 
     def _assembled(self, folder: Path, index: Index) -> Modules:

@@ -58,8 +58,8 @@ class RemoteCode:
         return f"{found.__module__}.".startswith(f"{self._package}.")
 
     @contextmanager
-    def blamed(self, file: str) -> Iterator[None]:
-        """Turn what the card's code raises, if it pins any, into a ModelCardError with its place, or else `file`."""
+    def blamed(self, file: str | None = None) -> Iterator[None]:
+        """Turn what the card's code raises into a ModelCardError with its place, or else `file`; what others raise passes."""
         try:
             yield
         except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
@@ -68,12 +68,12 @@ class RemoteCode:
             ours = isinstance(exc, FarmError)
             raised = exc.__cause__ if ours and exc.__cause__ else exc
             place = self._place(raised)
-            if not self._card.code or (ours and place is None):
+            if place is None and (ours or file is None):
                 raise
             line = " ".join(str(raised).split())[:300]
             raise ModelCardError(
-                f"model {self._card.name}: the code in {self._folder / (place or file)} fails: {type(raised).__name__}: {line}; "
-                "see to what it needs, or choose another model"
+                f"model {self._card.name}: the code in {self._folder / str(place or file)} fails: {type(raised).__name__}: "
+                f"{line}; see to what it needs, or choose another model"
             ) from exc
 
     def _place(self, exc: BaseException) -> str | None:

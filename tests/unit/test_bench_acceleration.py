@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from farm.bench.acceleration import Kept, Way, accelerated, measure_ways
+from farm.bench.acceleration import HOW, Kept, Way, accelerated, measure_ways
 from farm.bench.figures import Measured
 from farm.bench.model import measure
 from farm.bench.report import record_of, report
@@ -53,7 +53,7 @@ def test_ways_to_accelerate_are_read_as_a_card_has_them() -> None:
     ("family", "text", "said"),
     [
         ("z-image", "comple", "'comple' is no way to accelerate; did you mean compile?"),
-        ("z-image", "", "'' is no way to accelerate; write compile, attention, first_block_cache"),
+        ("z-image", "", f"'' is no way to accelerate; write {HOW}"),
         ("z-image", "attention=quick", "attention: Input should be 'native', "),
         ("newbie", "attention=flash", "attention: the family newbie has no such thing; leave it out"),
         ("qwen-image", "first_block_cache=-1", "first_block_cache: Input should be greater than 0"),

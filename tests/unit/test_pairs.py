@@ -1,6 +1,7 @@
 import json
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -278,4 +279,15 @@ def drawn_with(path: Path, how: Acceleration) -> Side:
 def test_pictures_of_a_card_with_and_without_acceleration_say_so(tmp_path: Path) -> None:
     plain, quick = drawn_with(tmp_path / "a", PLAIN), drawn_with(tmp_path / "b", Acceleration(compile=True))
     assert compared(plain, plain).changes == ()
-    assert compared(plain, quick).changes == ('model.acceleration: none -> {"compile": true}',)
+    assert compared(plain, quick).changes == ("model.acceleration.compile: none -> true",)
+
+
+def test_what_a_strangers_picture_says_of_its_model_is_shown_and_not_obeyed(tmp_path: Path) -> None:
+    odd = drawn_with(tmp_path / "a", PLAIN)
+    other = drawn_with(tmp_path / "b", PLAIN)
+    model = {"name": "tiny", "\x1b[2J": 1} | {f"key{number}": number for number in range(100)}
+    pictures = {name: replace(one, params={**one.params, "model": model}) for name, one in odd.pictures.items()}
+    changes = compared(replace(odd, pictures=pictures), other).changes
+    assert len(changes) == 51
+    assert changes[-1].startswith("and ")
+    assert all(change.isprintable() for change in changes)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from farm.modelcard import RenderParams
 from farm.records import DEVICE_STAGES, Profile, ShapeSpeed, Stages, device_seconds
@@ -89,6 +90,23 @@ def test_the_encoder_is_in_until_a_shards_prompts_and_the_negative_one_are_encod
     assert phased.encoder_s(params(512, 9, 5.0), 4) == 2.0 + 5 * 0.5
     assert stages().encoder_s(params(512, 9), 1) == 0.5
     assert phased.drawing_s(params(1024, 20)) == (80.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seconds_per_image": float("inf")},
+        {"seconds_per_image": 1e300},
+        {"seconds_per_image": 5e-324},
+        {"width": 10**400},
+    ],
+)
+def test_no_profile_has_what_nobody_can_have_measured(changes: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        profile(**changes)
+    text = profile().model_dump_json().replace('"seconds_per_image":10.0', '"seconds_per_image":Infinity')
+    with pytest.raises(ValidationError):
+        Profile.model_validate_json(text)
 
 
 def test_a_profile_scales_what_a_job_took_by_pixels_and_steps_or_by_known_stages() -> None:

@@ -14,7 +14,6 @@ from farm.devices import DeviceInfo
 from farm.errors import (
     ControlError,
     ManifestError,
-    ModelCardError,
     PlanChangedError,
     PromptError,
     RowsAppendedError,
@@ -23,12 +22,10 @@ from farm.errors import (
 )
 from farm.ledger import Ledger, Profile, Totals
 from farm.manifest import load_manifest
-from farm.modelcard import find_card
-from farm.pinnedcode import digest_of
-from farm.plan import Plan
+from farm.plan import Plan, speed_identity
 from farm.prompts import PromptReader
 from farm.removal import delete_job
-from farm.request import speed_of
+from farm.request import Speed, speed_of
 from farm.settings import Settings
 from farm.storage.local import LocalStore
 from farm.submission import Request, Submission, draft, prepare, submit
@@ -126,22 +123,6 @@ def bench(tmp_path: Path) -> Bench:
 
 INLINE = HEAD + "prompts: [one, two]\nseeds: {count: 2, from: random}\n"
 KEYED = HEAD + "prompts: {file: p.jsonl, key: id}\nseeds: {count: 2, from: key}\n"
-
-
-def test_code_that_this_machine_does_not_allow_is_refused_before_anything_is_looked_at(bench: Bench) -> None:
-    coded = CARD.replace(
-        "family: sleep\nsource: {}", f"family: diffusers\nsource: {{path: .}}\ncode: {{a.py: {'0a' * 32}}}"
-    )
-    (bench.folder / "cards" / "shapes.yaml").write_text(coded)
-    with pytest.raises(ModelCardError) as caught:
-        bench.request(INLINE)
-    assert caught.value.message.startswith(
-        f"{bench.folder}/m.yaml:2: model shapes: it runs code that comes with its weights (a.py), which this machine does not "
-    )
-    digest = digest_of(find_card("shapes", bench.settings))
-    for allowing in ({"remote_code": (digest,)}, {"address": "10.0.0.1:6379"}):  # there its own machines say
-        bench.settings = Settings(models=bench.folder / "cards", **allowing)
-        assert bench.submit(INLINE.replace("name: job", f"name: {next(iter(allowing))[:4]}")).outcome == "created"
 
 
 def test_new_job_writes_parts_marker_and_plan(bench: Bench) -> None:
@@ -461,6 +442,31 @@ def test_a_speed_without_acceleration_is_none_of_a_card_with_it(bench: Bench) ->
     bench.ledger.put_profile(profile.model_copy(update={"acceleration": quick, "seconds_per_image": 0.25}))
     assert speed_of(accelerated, bench.ledger).seconds_per_image == 0.25
     assert speed_of(request, bench.ledger).seconds_per_image == 0.5
+
+
+def test_the_speed_of_a_pool_of_several_kinds_is_what_they_come_to_side_by_side(bench: Bench) -> None:
+    bench.measure(0.5)
+    profile = bench.ledger.profile("shapes", "a CPU")
+    assert profile is not None
+    request = replace(bench.request(HEAD + "prompts: [one]\n"), device="slow", others=("a CPU", "a CPU"))
+    alone = speed_of(request, bench.ledger)  # nothing is known of the slow one
+    assert (alone.seconds_per_image, alone.source) == (0.5, "estimated")
+    bench.ledger.put_profile(profile.model_copy(update={"device": "slow", "seconds_per_image": 2.0}))
+    whole = speed_of(request, bench.ledger)
+    assert (whole.seconds_per_image, whole.source) == (pytest.approx(3 / (1 / 2.0 + 2 / 0.5)), "measured")
+    assert speed_of(replace(request, device="a CPU", others=("slow", "a CPU")), bench.ledger) == whole
+
+
+def test_the_speed_of_other_weights_is_an_estimate(bench: Bench) -> None:
+    bench.measure(0.5)
+    request = bench.request(HEAD + "prompts: [one]\n")
+    profile = bench.ledger.profile("shapes", "a CPU")
+    assert profile is not None
+    mine = profile.model_copy(update={"identity": speed_identity(request.card, request.numerics)})
+    bench.ledger.put_profile(mine)
+    assert speed_of(request, bench.ledger).source == "measured"
+    bench.ledger.put_profile(mine.model_copy(update={"identity": "of other weights"}))
+    assert speed_of(request, bench.ledger) == Speed(0.5, "estimated")
 
 
 def test_draft_of_random_seeds_says_that_they_will_be_drawn(bench: Bench) -> None:

@@ -187,9 +187,12 @@ def test_code_is_held_against_its_hashes_and_not_run(encoder: Path) -> None:
         ),
     )
     unpinned = own(encoder).model_copy(update={"family": "diffusers"})
+    not_pinned = (
+        "that the card does not pin, and it is not run: pin it (`code`) once it is read, or choose another model"
+    )
     assert next(check_weights(unpinned, Settings())).faults == (
-        f"{encoder.parent}/model_index.json names no pipeline as its _class_name, nor one of the card's code; fetch the weights "
-        "again",
+        f"{encoder.parent}/model_index.json names code, 'pipeline', {not_pinned}",
+        f"{encoder.parent}/model_index.json names as its vae code, 'my_vae', {not_pinned}",
     )
 
 

@@ -151,5 +151,16 @@ def test_accelerated_ways_are_measured_beside_the_card_and_stored_apart(farm: Pl
 
 def test_an_acceleration_that_no_card_can_have_is_refused_before_anything_loads(farm: Place) -> None:
     ended = farm("bench", "sketch", "--accelerate", "quick")
-    said = "--accelerate 'quick': 'quick' is no way to accelerate; write compile, attention, first_block_cache"
-    assert (ended.code, ended.error) == (2, said)
+    said = "--accelerate 'quick': 'quick' is no way to accelerate; write compile, attention=KERNEL or first_block_cache=SHARE, "
+    assert (ended.code, ended.error.startswith(said)) == (2, True)
+
+
+def test_what_was_measured_is_kept_when_a_way_is_interrupted(farm: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("farm.bench.acceleration.measure_ways", interrupted)
+    flags = ("--images", "1", "--rounds", "1", "--no-profile", "--accelerate", "compile", "--accelerate", "compile")
+    ended = farm("bench", "sketch", *flags, "--out", "out")
+    assert ended.code == 130
+    assert json.loads((farm.folder / "out" / "bench.json").read_text())["accelerated"] == []

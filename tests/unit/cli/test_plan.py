@@ -196,6 +196,16 @@ def test_plan_says_for_how_long_parts_are_in_where_it_was_measured(
     assert record["placements"][0]["stages"]["encoder_in_s"] == measured_there.get("encoder_in_s")
 
 
+def test_what_was_measured_of_other_weights_is_not_said_to_be_of_these(farm: Place) -> None:
+    bench_of(farm, "RTX 4060 Ti")
+    known = farm.ledger.profile("sketch", "RTX 4060 Ti")
+    assert known is not None
+    farm.ledger.put_profile(known.model_copy(update={"identity": "of other weights"}))
+    ended = farm("plan", farm.manifest(model="sketch"), "--device", "RTX 4060 Ti:16")
+    assert "as measured" not in ended.out
+    assert "(estimated for RTX 4060 Ti)" in ended.out
+
+
 def test_plan_says_nothing_of_seconds_where_all_stays_and_nothing_was_measured(farm: Place) -> None:
     ended = farm("plan", farm.manifest(model="sketch"), "--device", "RTX 4060 Ti:16")
     assert "measured" not in ended.out

@@ -321,7 +321,7 @@ def test_code_in_a_file_called_like_a_library_is_never_taken_for_it(write: Write
     )
     for name in ("None.py", "scheduler/diffusers.py", "tokenizer/transformers.py"):
         (folder_of(made) / name).write_text(f"open({str(mark)!r}, 'w')\n")
-    assert "contains custom code in None.py" in refusal(made)
+    assert "needs classes that are neither diffusers' nor transformers'" in refusal(made)
     assert not mark.exists()
 
 
@@ -361,3 +361,40 @@ def test_code_is_imported_once_in_a_process(write: Write, tmp_path: Path) -> Non
     made = write(files={"pipeline.py": text})
     kinds = {type(loaded(one)._pipeline.transformer) for one in (made, made.model_copy(update={"title": "Another"}))}
     assert (len(kinds), mark.read_text()) == (1, "x")
+
+
+def test_nobody_is_asked_whether_unpinned_code_may_run(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "mark"
+    stock = {"_class_name": "Lumina2Pipeline", "transformer": ["diffusers", "Lumina2Transformer2DModel"]}
+    made = write(**stock, tokenizer=["transformers", "BarkProcessor"])
+    folder = folder_of(made) / "tokenizer"
+    settings = {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda text: "y")
+    plain = made.model_copy(update={"code": {}})
+    assert f"model sketch: {folder.parent}/model_index.json " in refusal(plain)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "kernel", ["evil/kernel", "flash_attention_2", {"text_config": "kernels-community/flash-attn3"}]
+)
+def test_an_attention_kernel_that_a_parts_settings_name_is_refused(write: Write, kernel: object) -> None:
+    made = write(files={})
+    settings = folder_of(made) / "text_encoder" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"attn_implementation": kernel}))
+    said = refusal(made)
+    assert said.startswith(f"model sketch: {settings} names the attention kernel ")
+    assert said.endswith("and only eager and sdpa are used; take it out there")
+
+
+def test_settings_that_transformers_refuses_are_no_fault_of_the_code(write: Write) -> None:
+    made = write(files={})
+    settings = folder_of(made) / "text_encoder" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"vocab_size": "many"}))
+    said = refusal(made)
+    assert said.startswith(f"model sketch: {settings.parent} cannot be loaded: ")
+    assert "the code in" not in said
