@@ -107,12 +107,6 @@ class Acceleration(Card):
         description="a step whose first block changes by less than this share of the last one's takes the other blocks from it",
     )
 
-    @model_validator(mode="after")
-    def _go_together(self) -> Self:
-        if self.compile and self.first_block_cache is not None:
-            raise wrong("does not go with compile, whose blocks are never left out; keep one", "first_block_cache")
-        return self
-
     def __str__(self) -> str:
         given = self.model_dump(exclude_defaults=True)
         return ", ".join(name if value is True else f"{name} {value}" for name, value in given.items()) or "none"

@@ -30,11 +30,11 @@ _ALL = Takes(
     adapters=True,
     scheduler=True,
     quantise=("encoder", "denoiser"),
-    acceleration=("compile", "attention"),
+    acceleration=("compile", "attention", "first_block_cache"),
 )
 FAMILIES = {
     "z-image": _ALL,
-    "qwen-image": replace(_ALL, acceleration=("compile", "attention", "first_block_cache")),
+    "qwen-image": _ALL,
     "newbie": Takes(
         options=_PLACED | {"shift": float, "cfg_truncation": float, "cfg_renormalisation": float, "system_prompt": str},
         denoiser=("safetensors",),

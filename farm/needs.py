@@ -65,17 +65,19 @@ Q4_BITS = 5.13
 class WorkingSet:
     """GiB in bfloat16 per megapixel (2**20 pixels) of one picture; linear in the batch.
 
-    `joined`: with guidance both halves go through the denoiser together and take twice as much.
+    `joined`: with guidance both halves go through the denoiser together and take twice as much. `cached`: what a first-block
+    cache adds to a step, and keeps between two.
     """
 
     step: float
     decode: float
     joined: bool
+    cached: float = 0.0
 
 
 WORKING_SETS = {
-    "z-image": WorkingSet(step=0.53, decode=1.52, joined=True),
-    "qwen-image": WorkingSet(step=0.40, decode=1.51, joined=False),
+    "z-image": WorkingSet(step=0.53, decode=1.52, joined=True, cached=0.1),
+    "qwen-image": WorkingSet(step=0.40, decode=1.51, joined=False, cached=0.13),
     "newbie": WorkingSet(step=0.68, decode=1.52, joined=True),
     "diffusers": WorkingSet(step=1.0, decode=3.4, joined=True),
 }
@@ -83,7 +85,7 @@ WORKING_SETS = {
 
 Steps: Z-Image 0.13 and 0.48, 1.05 for 8 at 512x512; Qwen-Image 0.10 and 0.37; NewBie 0.17 and 0.51. Decodes, untiled: FLUX's VAE
 0.38, 1.50 and 2.52 at 1328x1328; Qwen's, folded for one frame, 1.51. Other pipelines (`diffusers`): estimates, the
-largest of these and more.
+largest of these and more. A first-block cache, by its shapes: three tensors of all tokens, and two of Qwen-Image's other pass.
 """
 GGUF_STEP_GIB = 0.4
 """A GGUF denoiser dequantises a layer at a time; an estimate."""
@@ -119,14 +121,16 @@ def needs_of(
     quantise = card.quantise if device != "cpu" else {}
     parts = _parts(card, folder, files or {}, dtype=dtype, quantise=quantise)
     accelerated = card.accelerated_on("cpu" if device == "cpu" else "cuda")
-    whole_blocks = accelerated.compile or accelerated.first_block_cache is not None  # they do not come and go
+    cached = accelerated.first_block_cache is not None
+    whole_blocks = accelerated.compile or cached  # they do not come and go
     gguf = card.denoiser is not None and card.denoiser.format == "gguf"
     drawn = params or card.defaults
     limit = min(card.limits.max_pixels, card.limits.max_px**2)
     at_most = params is None and batch > 1
     pixels = limit if at_most else drawn.width * drawn.height
     guided = at_most or drawn.guidance_scale > 0
-    working = measured or _estimated(card, dtype)
+    working = measured or _estimated(card, dtype, cached=cached)
+    kept = WORKING_SETS[card.family].cached * ITEM_BYTES[dtype] / ITEM_BYTES["bfloat16"] if cached else 0.0
     largest_decode_gib = working.decode_gib * decoded_together(limit, batch) / MEGAPIXEL
     decode_gib = working.decode_gib * decoded_together(pixels, batch) / MEGAPIXEL
     gguf_gib = GGUF_STEP_GIB if gguf and measured is None else 0.0
@@ -139,9 +143,9 @@ def needs_of(
         decode_gib=decode_gib if params else largest_decode_gib,
         inner_step_gib=working.step_gib * denoised_together(card, limit, 1, guided=guided) / MEGAPIXEL + gguf_gib,
         inner_decode_gib=largest_decode_gib,
+        kept_gib=kept * denoised_together(card, pixels, batch, guided=guided) / MEGAPIXEL,
         encoder_streamed_gib=None if "encoder" in quantise else _streamed_gib(parts["encoder"]),
         denoiser_streamed_gib=None if whole_blocks or "denoiser" in quantise else _streamed_gib(parts["denoiser"]),
-        cut_in=accelerated.first_block_cache is None,
         encoder_on_cpu=card.options.get("encoder_on") == "cpu",
         batch=batch,
         pixels=pixels,
@@ -168,11 +172,10 @@ def measured_of(profile: Profile | None, card: ModelCard, numerics: Numerics) ->
     return working if working is not None and working.identity == drawing_identity(card, numerics) else None
 
 
-def _estimated(card: ModelCard, dtype: str) -> WorkingMemory:
+def _estimated(card: ModelCard, dtype: str, *, cached: bool) -> WorkingMemory:
     known, scale = WORKING_SETS[card.family], ITEM_BYTES[dtype] / ITEM_BYTES["bfloat16"]
-    return WorkingMemory(
-        encode_gib=ENCODE_GIB, step_gib=known.step * scale, decode_gib=known.decode * scale, identity=""
-    )
+    step = known.step + (known.cached if cached else 0.0)
+    return WorkingMemory(encode_gib=ENCODE_GIB, step_gib=step * scale, decode_gib=known.decode * scale, identity="")
 
 
 def files_of(card: ModelCard, *, settings: Settings | None = None) -> dict[str, Path]:

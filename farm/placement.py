@@ -77,11 +77,11 @@ class DeviceLimits:
 class Needs:
     """A model's parts and its largest working sets, GiB, in the plan's dtype and batch.
 
-    `inner_step_gib`, `inner_decode_gib`: of an urgent image within a step. `encoder_streamed_gib`, `denoiser_streamed_gib`: what
-    of a part is on the device at once where it comes block by block, None where it cannot. `encoder_on_cpu`: the card has
-    prompts encoded in main memory. `cut_in`: another picture may be drawn between two steps of one. `pixels`: of one picture of
-    the batch. `denoiser_q4_gib`: the denoiser's size as Q4_K_M, None where it is quantised. `measured`: working
-    sets are, by `farm bench` on such a device.
+    `inner_step_gib`, `inner_decode_gib`: of an urgent image within a step, `kept_gib`: of the batch meanwhile.
+    `encoder_streamed_gib`, `denoiser_streamed_gib`: what of a part is on the device at once where it comes block by block, None
+    where it cannot. `encoder_on_cpu`: the card has prompts encoded in main memory. `pixels`: of one picture of the batch.
+    `denoiser_q4_gib`: the denoiser's size as Q4_K_M, None where it is quantised. `measured`: working sets are, by `farm bench` on
+    such a device.
     """
 
     encoder_gib: float
@@ -91,11 +91,11 @@ class Needs:
     decode_gib: float
     inner_step_gib: float = 0.0
     inner_decode_gib: float = 0.0
+    kept_gib: float = 0.0
     encode_gib: float = ENCODE_GIB
     encoder_streamed_gib: float | None = None
     denoiser_streamed_gib: float | None = None
     encoder_on_cpu: bool = False
-    cut_in: bool = True
     batch: int = 1
     pixels: int | None = None
     denoiser_q4_gib: float | None = None
@@ -113,8 +113,8 @@ class Needs:
 
     @property
     def inner_gib(self) -> float:
-        """What an urgent image within a step takes: a batch's own activations are gone between two of its steps."""
-        return max(self.inner_step_gib, self.inner_decode_gib)
+        """What an urgent image within a step takes, and what a batch keeps between two of its own: no activations."""
+        return self.kept_gib + max(self.inner_step_gib, self.inner_decode_gib)
 
     @property
     def resident_gib(self) -> float:
@@ -177,9 +177,7 @@ def place(model: str, needs: Needs, *, dtype: str, device: DeviceLimits) -> Plac
         if not device.host_holds(needs.weights_gib):
             raise PlacementError(_host_refusal(model, needs.weights_gib, device))
         reason = f"{needs.weights_gib:.1f} GiB in main memory, batch {needs.batch}"
-        return Placement(
-            "resident", ALL, ALL, ALL, needs.resident_gib, reason, reserves=needs.cut_in, host_gib=needs.weights_gib
-        )
+        return Placement("resident", ALL, ALL, ALL, needs.resident_gib, reason, host_gib=needs.weights_gib)
     if dtype == "bfloat16" and device.capability is not None and device.capability < BFLOAT16_CAPABILITY:
         major, minor = device.capability
         raise PlacementError(
@@ -244,7 +242,7 @@ def _layout(
     on_cpu: frozenset[str] = NONE,
 ) -> Placement:
     """`inner_gib`: what is on the device while an urgent image is drawn within a step, None where none can be."""
-    reserves = n.cut_in and inner_gib is not None and inner_gib <= usable - SLACK_GIB
+    reserves = inner_gib is not None and inner_gib <= usable - SLACK_GIB
     peak_gib = max(peak_gib, inner_gib) if inner_gib is not None and reserves else peak_gib
     how = " as measured" if n.measured else ""
     reason = f"{what}, decode {n.decode_gib:.1f} GiB, batch {n.batch}, {peak_gib:.1f} of {usable:.1f} GiB{how}"

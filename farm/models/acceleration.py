@@ -1,4 +1,4 @@
-"""What makes a denoiser quicker at the price of its rounding, or more: compiled blocks, an attention kernel, blocks left out.
+"""What makes a denoiser quicker at the price of its rounding: compiled blocks, an attention kernel.
 
 Bytes follow from the card and a picture's shape, never from what was drawn before: blocks are compiled while the model
 loads, for any size, over pictures that are the same for all cards, with kernels chosen by rule and not by a race between them. A
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 from diffusers.models import attention_dispatch
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from torch import nn
@@ -31,17 +30,8 @@ each card that this process has had, since adapters differ too. One more fails t
 def accelerate(model: str, denoiser: nn.Module, how: Acceleration) -> None:
     """Prepare a denoiser that is loaded and was not used yet. Raises ModelCardError for what cannot be had here."""
     _set_attention(model, denoiser, how.attention)
-    if how.first_block_cache is not None:
-        apply_first_block_cache(denoiser, FirstBlockCacheConfig(threshold=how.first_block_cache))
     if how.compile:
         _compile(model, denoiser)
-
-
-def forget_blocks(denoiser: nn.Module, how: Acceleration) -> None:
-    """Drop what a first-block cache kept of a batch, also of one that was cancelled: a pipeline does not."""
-    if how.first_block_cache is not None:
-        cached: Any = denoiser
-        cached._reset_stateful_cache()
 
 
 @contextmanager

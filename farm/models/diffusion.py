@@ -23,6 +23,7 @@ from farm.modelcard import ModelCard, RenderParams
 from farm.models.acceleration import accelerate, compiling
 from farm.models.device import Device, Part, Streamed
 from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
+from farm.models.firstblock import FirstBlockCache
 from farm.models.loading import Loader, refuse_kernels
 from farm.needs import DECODE_PIXELS, files_of, needs_of
 from farm.placement import Placement, place
@@ -195,6 +196,11 @@ class DiffusionFamily(ABC):
         inner = copy.copy(self)
         inner._open()
         return inner
+
+    def _new_cache(self) -> FirstBlockCache | None:
+        """For one drawing, where the card has a first-block cache."""
+        threshold = self._acceleration.first_block_cache
+        return None if threshold is None else FirstBlockCache(threshold)
 
     @property
     def host_bytes(self) -> int:

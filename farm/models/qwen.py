@@ -5,6 +5,7 @@ ones without it come out wrong. `guidance_scale` is the pipeline's `true_cfg_sca
 there always is, with an empty negative prompt too.
 """
 
+import copy
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from torch import nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from farm.modelcard import RenderParams
-from farm.models.acceleration import forget_blocks
 from farm.models.diffusion import DiffusionFamily, Modules, sound
 from farm.models.family import Embedding, StepCallback, Tokens
+from farm.models.firstblock import FirstBlockCache, Streams
 from farm.models.qwen_vae import FrameDecoder
 from farm.models.schedulers import load_scheduler
 from farm.plan import ImageSpec
@@ -42,17 +43,23 @@ class QwenFamily(DiffusionFamily):
 
     def _open(self) -> None:
         # This pipeline denoises only: its device and dtype are those of the transformer, the one module that it holds.
+        self._cache, denoiser = self._new_cache(), self._modules.denoiser
         pipeline = QwenImagePipeline(
-            scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=self._modules.denoiser
+            scheduler=None,
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+            transformer=denoiser if self._cache is None else _with_cache(denoiser, self._cache),
         )
         pipeline.scheduler = self._new_scheduler()
         pipeline.vae_scale_factor = self._modules.decoder.scale_factor
         pipeline.set_progress_bar_config(disable=True)
         self._pipeline = pipeline
 
-    def _forget(self) -> None:
+    def _forget(self, *, guided: bool = False) -> None:
         """Only a cache keeps something of a batch."""
-        forget_blocks(self._modules.denoiser, self._acceleration)
+        if self._cache is not None:
+            self._cache.forget(passes=1 + guided)
 
     def guided(self, params: RenderParams) -> bool:
         """The pipeline guides above 1."""
@@ -107,6 +114,7 @@ class QwenFamily(DiffusionFamily):
                 against = self._collate(negative)
                 given["negative_prompt_embeds"] = against
                 given["negative_prompt_embeds_mask"] = torch.ones_like(against[..., 0], dtype=torch.long)
+            self._forget(guided=bool(negative))
             try:
                 latents = pipeline(
                     **given,
@@ -133,3 +141,30 @@ class QwenFamily(DiffusionFamily):
     def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
         images: torch.Tensor = self._modules.decoder(latents)
         return images
+
+
+class _Blocks(nn.Module):  # type: ignore[misc]
+    """All blocks of a transformer as one, in the model's own loop over them."""
+
+    def __init__(self, blocks: nn.ModuleList, cache: FirstBlockCache):
+        super().__init__()
+        self.blocks = blocks
+        self._cache = cache
+
+    def forward(self, *, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **given: Any) -> Streams:
+        """Arguments, and what is returned, as a block's: text, then picture."""
+
+        def block(each: Any, streams: Streams) -> Streams:
+            text, picture = streams
+            out: Streams = each(hidden_states=picture, encoder_hidden_states=text, **given)
+            return out
+
+        return self._cache.through(self.blocks, (encoder_hidden_states, hidden_states), block)
+
+
+def _with_cache(transformer: QwenImageTransformer2DModel, cache: FirstBlockCache) -> QwenImageTransformer2DModel:
+    """Return a transformer of the very same weights that leaves blocks out; the given one is as it was."""
+    other = copy.copy(transformer)
+    other._modules = dict(transformer._modules)
+    other.transformer_blocks = nn.ModuleList([_Blocks(transformer.transformer_blocks, cache)])
+    return other

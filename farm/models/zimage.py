@@ -34,7 +34,9 @@ class ZImageFamily(DiffusionFamily):
         transformer = loader.denoiser("transformer", ZImageTransformer2DModel)
         loader.adapt(transformer, ZImagePipeline)
         vae = loader.decoder("vae", AutoencoderKL)
-        plain = self._card.denoiser is None and not self._card.adapters and self._acceleration == PLAIN
+        how = self._acceleration
+        plain = self._card.denoiser is None and not self._card.adapters
+        plain = plain and not how.compile and how.attention == PLAIN.attention
         if plain and packs(self._device.torch, self._dtype):
             for blocks in (transformer.layers, transformer.noise_refiner, transformer.context_refiner):
                 pack_blocks(blocks)
@@ -43,7 +45,7 @@ class ZImageFamily(DiffusionFamily):
 
     def _open(self) -> None:
         streams = self.placement is not None and "denoiser" in self.placement.streamed
-        self._steps = StepTransformer(self._modules.denoiser, keeps=not streams)
+        self._steps = StepTransformer(self._modules.denoiser, keeps=not streams, cache=self._new_cache())
         # This pipeline denoises only: its device and dtype are those of the transformer, the one module that it holds.
         pipeline = ZImagePipeline(
             scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=self._modules.denoiser

@@ -14,6 +14,8 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import nn
 
+from farm.models.firstblock import FirstBlockCache, Streams
+
 PATCH = 2
 
 
@@ -32,13 +34,16 @@ class StepTransformer(nn.Module):  # type: ignore[misc]
     """Stands in for the transformer in a ZImagePipeline. Call `forget` before each batch.
 
     `keeps`: what is the same at every step is computed once. Where blocks come and go it is not, since each step has to go
-    through all of them in order; its numbers are the same.
+    through all of them in order; its numbers are the same. `cache`: leaves blocks out that come after picture and captions met.
     """
 
-    def __init__(self, transformer: ZImageTransformer2DModel, *, keeps: bool = True):
+    def __init__(
+        self, transformer: ZImageTransformer2DModel, *, keeps: bool = True, cache: FirstBlockCache | None = None
+    ):
         super().__init__()
         self.transformer = transformer
         self._keeps = keeps
+        self._cache = cache
         self._prepared: _Prepared | None = None
         self._guided = False
 
@@ -66,6 +71,8 @@ class StepTransformer(nn.Module):  # type: ignore[misc]
         """Drop what was kept of the last batch. `guided`: the next one comes twice, with its prompts and its negative ones."""
         self._prepared = None
         self._guided = guided
+        if self._cache is not None:
+            self._cache.forget()
 
     def forward(
         self,
@@ -102,8 +109,15 @@ class StepTransformer(nn.Module):  # type: ignore[misc]
         if self._guided:
             hidden, batch = hidden.repeat(2, 1, 1), 2 * batch
         hidden = torch.cat([hidden, kept.captions], dim=1)
-        for layer in model.layers:
-            hidden = layer(hidden, kept.mask, kept.positions, modulation)
+        if self._cache is None:
+            for layer in model.layers:
+                hidden = layer(hidden, kept.mask, kept.positions, modulation)
+        else:
+
+            def block(layer: Any, streams: Streams) -> Streams:
+                return (layer(*streams, kept.mask, kept.positions, modulation),)
+
+            (hidden,) = self._cache.through(model.layers, (hidden,), block, tokens=tokens)
         out = model.all_final_layer[f"{PATCH}-1"](hidden, c=modulation)[:, :tokens]
         out = out.view(batch, frames, rows, columns, 1, PATCH, PATCH, -1)
         out = out.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, frames, height, width)

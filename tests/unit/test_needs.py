@@ -10,7 +10,7 @@ import pytest
 from farm.cardparts import Acceleration, Adapter, Denoiser, SizeLimits, Source
 from farm.errors import ModelCardError
 from farm.modelcard import ModelCard, RenderParams
-from farm.needs import GIB, folders_of, measured_of, needs_of, part_bytes
+from farm.needs import GIB, WORKING_SETS, folders_of, measured_of, needs_of, part_bytes
 from farm.plan import drawing_identity
 from farm.records import Profile, ShapeSpeed, Stages, WorkingMemory
 from tests.drawing import card, numerics
@@ -123,10 +123,26 @@ def test_blocks_that_are_compiled_or_left_out_are_not_streamed(folder: Path, how
     accelerated = big("qwen-image", acceleration={"cuda": how})
     needs = needs_of(accelerated, folder, dtype="bfloat16", batch=1)
     assert needs.denoiser_streamed_gib is None
-    assert needs.cut_in is how.compile
     on_a_cpu = needs_of(accelerated, folder, dtype="bfloat16", batch=1, device="cpu")
     assert on_a_cpu.denoiser_streamed_gib is not None
-    assert on_a_cpu.cut_in
+
+
+@pytest.mark.parametrize(("family", "halves"), [("z-image", 2), ("qwen-image", 1)])
+def test_what_a_first_block_cache_keeps_counts_in_a_step_and_beside_an_urgent_image(
+    folder: Path, family: str, halves: int
+) -> None:
+    guided = PARAMS.model_copy(update={"guidance_scale": 4.0})
+    cached = big(family, acceleration={"cuda": Acceleration(first_block_cache=0.1)})
+    plain, needs = (needs_of(one, folder, dtype="bfloat16", batch=1, params=guided) for one in (big(family), cached))
+    kept = WORKING_SETS[family].cached * halves
+    assert (plain.kept_gib, needs.kept_gib) == (0.0, pytest.approx(kept))
+    assert needs.step_gib == pytest.approx(plain.step_gib + kept)
+    assert needs.inner_gib - plain.inner_gib == pytest.approx(
+        kept
+    )  # of the batch: the image's own decode takes the most
+    measured = WorkingMemory(encode_gib=0.1, step_gib=0.4, decode_gib=1.2, identity="x")
+    found = needs_of(cached, folder, dtype="bfloat16", batch=1, params=guided, measured=measured)
+    assert (found.step_gib, found.kept_gib) == (pytest.approx(0.4 * halves), pytest.approx(kept))
 
 
 def test_measured_working_sets_take_the_place_of_estimates(folder: Path) -> None:

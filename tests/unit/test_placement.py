@@ -134,19 +134,15 @@ def test_an_encoder_on_the_cpu_lets_urgent_images_in_within_a_step() -> None:
     assert found.explained.endswith("urgent images: within a step")
 
 
-def test_nothing_is_drawn_within_a_step_of_a_model_that_keeps_something_between_its_steps() -> None:
-    cached = replace(NEWBIE, cut_in=False)
-    assert (placed(NEWBIE, 24).within, placed(cached, 24).within) == ("anything", "nothing")
-    on_the_cpu = place("some", cached, dtype="float32", device=DeviceLimits("cpu", "the CPU", 16))
-    assert on_the_cpu.within == "nothing"
-
-
 def test_an_urgent_image_needs_room_for_its_own_decode_within_a_step() -> None:
     found = placed(replace(QWEN_Q4, inner_decode_gib=3.4), 16)
     assert (found.layout, found.reserves, found.within) == ("phased", False, "nothing")
     assert found.explained.endswith("urgent images: at the end of the batch")
     larger = placed(replace(QWEN_Q4, inner_decode_gib=2.4), 16)
     assert (larger.within, larger.peak_gib) == ("encoded", pytest.approx(14.84))
+    beside = placed(replace(QWEN_Q4, inner_decode_gib=2.3, kept_gib=0.1), 16)
+    assert (beside.within, beside.peak_gib) == ("encoded", pytest.approx(14.84))
+    assert placed(replace(QWEN_Q4, inner_decode_gib=2.3, kept_gib=1.1), 16).within == "nothing"
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers_and_the_nearest_that_would() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
 from farm.cardparts import Acceleration
 from farm.engine import Batch, Engine, Picture
@@ -222,34 +223,82 @@ def test_an_attention_kernel_that_is_not_installed_or_does_not_work_here_is_told
         opened(folders, "z-image", attention="_native_cudnn")
 
 
-def test_a_first_block_cache_leaves_blocks_out_and_lets_nothing_in_between(folders: dict[str, Path]) -> None:
-    plain, cached = opened(folders, "qwen-image"), opened(folders, "qwen-image", batch=1, first_block_cache=1e6)
-    exact = opened(folders, "qwen-image", batch=1, first_block_cache=1e-12)
-    specs = [spec(0, SHORT, guidance_scale=4.0, num_inference_steps=6)]
-    counts = [_runs_of_the_last_block(engine) for engine in (plain, cached)]
-    pictures = [drawn(engine, specs) for engine in (plain, cached, exact)]
-    assert [len(count) for count in counts] == [12, 2]  # with and without the prompt: at all six steps, at the first
+@pytest.fixture(params=["z-image", "qwen-image"])
+def cached(request: pytest.FixtureRequest) -> str:
+    """A family that has a first-block cache."""
+    return str(request.param)
+
+
+def test_a_first_block_cache_leaves_blocks_out(folders: dict[str, Path], cached: str) -> None:
+    plain, leaves_out = (opened(folders, cached, batch=1, **how) for how in ({}, {"first_block_cache": 1e6}))
+    exact = opened(folders, cached, batch=1, first_block_cache=1e-12)
+    guided = [spec(0, SHORT, guidance_scale=4.0, num_inference_steps=6)]
+    counts = [_runs_of_the_last_block(engine) for engine in (plain, leaves_out, exact)]
+    pictures = [drawn(engine, guided) for engine in (plain, leaves_out, exact)]
+    passes = 2 if cached == "qwen-image" else 1  # with and without the prompt, one after the other or together
+    assert [len(count) for count in counts] == [6 * passes, passes, 6 * passes]
     assert not same(pictures[1], pictures[0])
     assert same(pictures[2], pictures[0])
-    assert (plain.inside() is None, cached.inside() is None) == (False, True)
 
 
 def _runs_of_the_last_block(engine: Engine) -> list[bool]:
     runs: list[bool] = []
     denoiser: Any = family_of(engine)._modules.denoiser
-    denoiser.transformer_blocks[-1].attn.register_forward_pre_hook(lambda module, given: runs.append(True))
+    last = denoiser.transformer_blocks[-1].attn if hasattr(denoiser, "transformer_blocks") else denoiser.layers[-1]
+    last.register_forward_pre_hook(lambda module, given: runs.append(True))
     return runs
 
 
-def test_nothing_of_a_cancelled_batch_stays_in_a_first_block_cache(folders: dict[str, Path]) -> None:
-    engine = opened(folders, "qwen-image", batch=1, first_block_cache=1e6)
+def test_the_blocks_for_a_cpu_are_left_out_like_any_other(folders: dict[str, Path]) -> None:
+    engine = opened(folders, "z-image", batch=1, first_block_cache=0.1)
+    assert {type(block).__name__ for block in family_of(engine)._modules.denoiser.layers} == {"PackedBlock"}
+
+
+@pytest.mark.parametrize("guidance", [0.0, 4.0])
+def test_qwen_image_is_drawn_as_with_diffusers_hooks(folders: dict[str, Path], guidance: float) -> None:
+    ours, theirs = opened(folders, "qwen-image", batch=1, first_block_cache=0.35), opened(folders, "qwen-image")
+    apply_first_block_cache(family_of(theirs)._modules.denoiser, FirstBlockCacheConfig(threshold=0.35))
+    specs = [spec(0, SHORT, guidance_scale=guidance, num_inference_steps=8)]
+    runs = _runs_of_the_last_block(ours)
+    assert same(drawn(ours, specs), drawn(theirs, specs))
+    assert 1 < len(runs) < 8 * (2 if guidance else 1)
+
+
+def test_a_picture_is_cut_into_without_a_trace_in_its_first_block_cache(folders: dict[str, Path], cached: str) -> None:
+    engine = opened(folders, cached, batch=1, first_block_cache=1e6)
+    outer = [spec(i, text, guidance_scale=4.0, num_inference_steps=4) for i, text in enumerate((SHORT, LONG))]
+    inner = engine.batches([spec(9, "a star", width=96, num_inference_steps=4)])[0]
+    before, alone = drawn(engine, outer), drawn(engine, inner.specs)
+    within: list[Picture] = []
+    assert same(_disturbed(engine, outer, inner, within), before)
+    assert len(within) == 2 * (4 + 1)  # after each step, and after decoding
+    assert same([picture.pixels.astype(int) for picture in within], alone * len(within))
+
+
+def test_blocks_that_are_left_out_may_be_compiled(
+    folders: dict[str, Path], cached: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("farm.models.acceleration.COMPILER", CAPTURED)
+    both = opened(folders, cached, batch=1, first_block_cache=1e6, compile=True)
+    one = opened(folders, cached, batch=1, first_block_cache=1e6)
+    specs = [spec(0, SHORT, guidance_scale=4.0, num_inference_steps=6)]
+    runs = _runs_of_the_last_block(one)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = drawn(both, specs)
+    assert apart(found, drawn(one, specs)) <= 1
+    assert len(runs) == (2 if cached == "qwen-image" else 1)
+
+
+def test_nothing_of_a_cancelled_batch_stays_in_a_first_block_cache(folders: dict[str, Path], cached: str) -> None:
+    engine = opened(folders, cached, batch=1, first_block_cache=1e6)
     one, other = spec(0, SHORT, guidance_scale=4.0), spec(1, LONG, width=96, guidance_scale=4.0)
     before = drawn(engine, [one])
+    steps = iter((False, False, True))
     with pytest.raises(CancelledError):
         engine.render_batch(
             engine.batches([other])[0],
             on_picture=lambda picture: None,
             on_step=lambda step: None,
-            cancelled=lambda: True,
+            cancelled=lambda: next(steps),
         )
     assert same(drawn(engine, [one]), before)
