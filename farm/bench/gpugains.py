@@ -2,7 +2,9 @@
 
 The same pictures, at the same budget of memory, in the same run; a gain is how many times as long the card's own way takes.
 Beside it stands how far the pictures are from those of that way, which with random weights tells rounding from something broken
-and nothing of quality. What cannot be had on this machine is a row that says why.
+and nothing of quality. How much a first-block cache leaves out is the weights' affair: with random ones its row tells that it
+runs, and not what it gains (`farm.bench.caches` judges that on a trained model). What cannot be had on this machine is a row
+that says why.
 """
 
 import importlib.util
@@ -92,9 +94,10 @@ def _ways(giant: Giant, device: str, say: Callable[[str], None]) -> Iterator[Way
         for kernel in KERNELS:
             yield Way(f"attention {kernel}", accelerated(Acceleration(attention=kernel)))
     yield Way(f"batches of {BATCH}", lambda: card, BATCH)
-    if card.family == "qwen-image":
+    if card.family != "newbie":
         cached = Acceleration(first_block_cache=CACHE_THRESHOLD)
         yield Way(f"first-block cache, {CACHE_THRESHOLD:g}", accelerated(cached))
+    if card.family == "qwen-image":
         yield Way("denoiser in nf4 in place of GGUF", lambda: _in_nf4(giant, device, say))
 
 
