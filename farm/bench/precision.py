@@ -104,12 +104,10 @@ def measure(*, prompts: int = PROMPTS, rounds: int = ROUNDS) -> list[Row]:
 
 def variants_of(card: ModelCard, folder: Path, settings: Settings) -> list[Variant]:
     """Return the reference and all others; their files are written to `folder`."""
-    weights = locate(card, settings=settings) / folders_of(card, locate(card, settings=settings))["denoiser"][0]
-    (file,) = weights.glob("*.safetensors")
-    stock = Denoiser(path=str(weights), file=file.name, format="safetensors")
+    weights = _weights_of(card, settings)
     found = [
         Variant("float32", card),
-        Variant("float32, stock layers", card.model_copy(update={"denoiser": stock})),
+        Variant("float32, stock layers", with_stock_layers(card, settings)),
         Variant("bfloat16", card, "bfloat16"),
     ]
     for kind in GGUF_KINDS:
@@ -120,6 +118,18 @@ def variants_of(card: ModelCard, folder: Path, settings: Settings) -> list[Varia
     compiled = {"cpu": Acceleration(compile=True), "cuda": Acceleration(compile=True)}
     found.append(Variant("float32, compiled", card.model_copy(update={"acceleration": compiled})))
     return found
+
+
+def with_stock_layers(card: ModelCard, settings: Settings) -> ModelCard:
+    """Return a card of the same denoiser, given as its own file: such a one keeps the layers of diffusers on a CPU, too."""
+    weights = _weights_of(card, settings)
+    (file,) = weights.glob("*.safetensors")
+    return card.model_copy(update={"denoiser": Denoiser(path=str(weights), file=file.name, format="safetensors")})
+
+
+def _weights_of(card: ModelCard, settings: Settings) -> Path:
+    folder = locate(card, settings=settings)
+    return folder / folders_of(card, folder)["denoiser"][0]
 
 
 def write_gguf(weights: Path, file: Path, *, kind: str, architecture: str) -> None:
@@ -167,10 +177,7 @@ def _row(
     seconds_each: float,
     ratio: float,
 ) -> Row:
-    apart = [np.abs(one.pixels.astype(float) - other.pixels) for one, other in zip(mine, reference, strict=True)]
-    squares = [float((each**2).mean()) for each in apart]
-    differing = [square for square in squares if square]
-    verdict = judged(mine)
+    far, verdict = distance(mine, reference), judged(mine)
     return Row(
         name=name,
         megabytes=megabytes,
@@ -178,11 +185,32 @@ def _row(
         of=verdict.of,
         low=verdict.low,
         high=verdict.high,
-        equal=len(squares) - len(differing),
-        apart=statistics.fmean(float(each.mean()) for each in apart),
-        psnr_db=float(10 * np.log10(255**2 / statistics.median(squares))) if statistics.median(squares) else None,
+        equal=far.equal,
+        apart=far.apart,
+        psnr_db=far.psnr_db,
         seconds_per_image=seconds_each,
         ratio=ratio,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far pictures are from the reference's, by the fields of the same names in `Row`."""
+
+    equal: int
+    apart: float
+    psnr_db: float | None
+
+
+def distance(mine: Sequence[Picture], reference: Sequence[Picture]) -> Distance:
+    """Compare pictures of the same specs."""
+    apart = [np.abs(one.pixels.astype(float) - other.pixels) for one, other in zip(mine, reference, strict=True)]
+    squares = [float((each**2).mean()) for each in apart]
+    median = statistics.median(squares)
+    return Distance(
+        equal=squares.count(0.0),
+        apart=statistics.fmean(float(each.mean()) for each in apart),
+        psnr_db=float(10 * np.log10(255**2 / median)) if median else None,
     )
 
 
