@@ -104,7 +104,8 @@ class Acceleration(Card):
     first_block_cache: float | None = Field(
         default=None,
         gt=0,
-        description="a step whose first block changes by less than this share of the last one's takes the other blocks from it",
+        description="a step whose first block changes by less than this share of an earlier one's takes the others from it; "
+        "for many steps: at 8 it does not pay",
     )
 
     def __str__(self) -> str:
