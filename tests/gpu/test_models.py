@@ -11,7 +11,7 @@ import torch
 from torch._inductor.utils import fresh_cache
 
 from farm.bench.giants import prompts, write_giant
-from farm.cardparts import Acceleration
+from farm.cardparts import PLAIN, Acceleration
 from farm.devices import PACKAGES
 from farm.engine import Engine, Picture
 from farm.modelcard import ModelCard, find_card
@@ -39,11 +39,11 @@ def specs(card: ModelCard, *, first: int = 0, width: int = 64) -> list[ImageSpec
     return [ImageSpec(i, i, None, text, 1000 + i, params, {}) for i, text in enumerate(prompts(2, first=first))]
 
 
-def opened(card: ModelCard, device: str, placement: Placement | None = None) -> Engine:
+def opened(card: ModelCard, device: str, placement: Placement | None = None, *, batch: int = 2) -> Engine:
     """A loaded engine; `placement`: in place of the one that was chosen."""
     kind = "cuda" if device.startswith("cuda") else "cpu"
     versions = {package: version(package) for package in PACKAGES}
-    numerics = Numerics(device=kind, dtype="float32", batch=2, threads=1, versions=versions)
+    numerics = Numerics(device=kind, dtype="float32", batch=batch, threads=1, versions=versions)
     family = open_family(card, numerics, device=device, vram_gib=16.0)
     engine = Engine(card, numerics, device, 16.0, family=family)
     engine.load()
@@ -92,8 +92,13 @@ def test_phases_change_no_pixel_and_take_what_left_off_the_device(
     assert {tensor.device.type for tensor in family._modules.decoder.parameters()} == {"cuda"}
 
 
-def test_a_batch_drawn_within_each_step_changes_no_pixel(card: ModelCard) -> None:
-    engine = opened(card, "cuda:0")
+@pytest.mark.parametrize("how", [PLAIN, Acceleration(first_block_cache=1e6)], ids=["all blocks", "blocks left out"])
+def test_a_batch_drawn_within_each_step_changes_no_pixel(card: ModelCard, how: Acceleration) -> None:
+    cached = how.first_block_cache is not None
+    if cached and card.family == "newbie":
+        pytest.skip("the family has no such cache")
+    accelerated = card.model_copy(update={"acceleration": {"cuda": how}})
+    engine = opened(accelerated, "cuda:0", batch=1 if cached else 2)
     inner = engine.inside()
     assert inner is not None
     urgent_specs = specs(card, first=7, width=96)[:1]
