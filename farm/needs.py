@@ -131,6 +131,7 @@ def needs_of(
     guided = at_most or drawn.guidance_scale > 0
     working = measured or _estimated(card, dtype, cached=cached)
     kept = WORKING_SETS[card.family].cached * ITEM_BYTES[dtype] / ITEM_BYTES["bfloat16"] if cached else 0.0
+    streamed_gib = None if "denoiser" in quantise else _streamed_gib(parts["denoiser"])
     largest_decode_gib = working.decode_gib * decoded_together(limit, batch) / MEGAPIXEL
     decode_gib = working.decode_gib * decoded_together(pixels, batch) / MEGAPIXEL
     gguf_gib = GGUF_STEP_GIB if gguf and measured is None else 0.0
@@ -145,7 +146,8 @@ def needs_of(
         inner_decode_gib=largest_decode_gib,
         kept_gib=kept * denoised_together(card, pixels, batch, guided=guided) / MEGAPIXEL,
         encoder_streamed_gib=None if "encoder" in quantise else _streamed_gib(parts["encoder"]),
-        denoiser_streamed_gib=None if whole_blocks or "denoiser" in quantise else _streamed_gib(parts["denoiser"]),
+        denoiser_streamed_gib=None if whole_blocks else streamed_gib,
+        plain_streamed_gib=streamed_gib if whole_blocks else None,
         encoder_on_cpu=card.options.get("encoder_on") == "cpu",
         batch=batch,
         pixels=pixels,

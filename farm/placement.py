@@ -79,9 +79,9 @@ class Needs:
 
     `inner_step_gib`, `inner_decode_gib`: of an urgent image within a step, `kept_gib`: of the batch meanwhile.
     `encoder_streamed_gib`, `denoiser_streamed_gib`: what of a part is on the device at once where it comes block by block, None
-    where it cannot. `encoder_on_cpu`: the card has prompts encoded in main memory. `pixels`: of one picture of the batch.
-    `denoiser_q4_gib`: the denoiser's size as Q4_K_M, None where it is quantised. `measured`: working sets are, by `farm bench` on
-    such a device.
+    where it cannot; `plain_streamed_gib`: the same of a denoiser that cannot for its acceleration alone. `encoder_on_cpu`:
+    the card has prompts encoded in main memory. `pixels`: of one picture of the batch. `denoiser_q4_gib`: the denoiser's size as
+    Q4_K_M, None where it is quantised. `measured`: working sets are, by `farm bench` on such a device.
     """
 
     encoder_gib: float
@@ -95,6 +95,7 @@ class Needs:
     encode_gib: float = ENCODE_GIB
     encoder_streamed_gib: float | None = None
     denoiser_streamed_gib: float | None = None
+    plain_streamed_gib: float | None = None
     encoder_on_cpu: bool = False
     batch: int = 1
     pixels: int | None = None
@@ -299,6 +300,8 @@ def _nearest(n: Needs, given: float) -> str:
         nearest.append(f"pictures of {side}x{side}")
     if n.denoiser_q4_gib is not None and n.denoiser_q4_gib + n.step_gib <= given < n.denoiser_gib + n.step_gib:
         nearest.append(f"a card with a GGUF denoiser (as Q4_K_M about {n.denoiser_q4_gib:.1f} GiB)")
+    if rest_fits and n.plain_streamed_gib is not None and n.plain_streamed_gib + n.step_gib <= given:
+        nearest.append("the card without compile and first_block_cache, whose blocks then come one by one")
     if not rest_fits:
         nearest.append("a card that quantises the text encoder")
     needed = math.ceil((n.largest_part_gib + CONTEXT_GIB + SLACK_GIB) * 2) / 2

@@ -57,11 +57,7 @@ def test_ways_to_accelerate_are_read_as_a_card_has_them() -> None:
         ("z-image", "attention=quick", "attention: Input should be 'native', "),
         ("newbie", "attention=flash", "attention: the family newbie has no such thing; leave it out"),
         ("qwen-image", "first_block_cache=-1", "first_block_cache: Input should be greater than 0"),
-        (
-            "qwen-image",
-            "compile,first_block_cache=0.1",
-            "first_block_cache: does not go with compile, whose blocks are never left out; keep one",
-        ),
+        ("newbie", "compile,first_block_cache=0.1", "first_block_cache: the family newbie has no such thing"),
     ],
 )
 def test_what_no_card_of_the_family_can_have_is_refused(family: str, text: str, said: str) -> None:
