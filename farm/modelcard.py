@@ -198,8 +198,13 @@ class ModelCard(Card):
             if self.denoiser.format not in takes.denoiser:
                 known = ", ".join(takes.denoiser)
                 raise wrong(f"the family {self.family} reads {known}; take such a file", "denoiser", "format")
-            if "denoiser" in self.quantise and self.denoiser.format == "gguf":
-                raise wrong("the denoiser is quantised already, in its GGUF file; leave it out", "quantise", "denoiser")
+            if "denoiser" in self.quantise:
+                said = (
+                    "quantised already, in its GGUF file"
+                    if self.denoiser.format == "gguf"
+                    else "read from its own file as it is"
+                )
+                raise wrong(f"the denoiser is {said}; leave it out", "quantise", "denoiser")
         for device, how in self.acceleration.items():
             for name in Acceleration.model_fields:
                 if getattr(how, name) != getattr(PLAIN, name) and name not in takes.acceleration:

@@ -52,11 +52,12 @@ MERGED = frozenset({"lora_A", "lora_B"})
 """Segments of names of what is added to other weights as they load (`farm/models/newbie_text.py`)."""
 ENCODING = ("encoder.", "quant_conv.")
 """What Qwen's VAE has for encoding pictures, which is let go of when it is folded (`farm/models/qwen_vae.py`)."""
-KEPT_WHOLE = ("embed", "norm", "lm_head")
-"""Words in the names of matrices that bitsandbytes does not quantise; besides those it takes linear layers alone."""
+KEPT_WHOLE = ("embed", "shared", "lm_head")
+"""Words in the names of a text encoder's matrices that are no linear layers, or its last one, and are not quantised."""
 
-QUANTISED_BITS = {"nf4": 4.5, "int8": 8.5}
-"""Bits a weight takes with its scales, quantised by bitsandbytes: nf4 has a float of 32 bits for each 64 weights."""
+NF4_BLOCK = 64
+"""Weights that share a scale in nf4. A matrix whose rows are no whole blocks is not quantised: it would be slow on a GPU, and on
+a CPU bitsandbytes 0.50 takes the wrong scales for it."""
 Q4_BITS = 5.13
 """Bits a weight takes in a denoiser of type Q4_K_M: Qwen-Image-2512's 20.4 billion in 12.2 GiB."""
 
@@ -109,16 +110,18 @@ def needs_of(
     params: RenderParams | None = None,
     files: Mapping[str, Path] | None = None,
     device: str = "cuda",
+    quantise: Mapping[Any, str] | None = None,
     measured: WorkingMemory | None = None,
 ) -> Needs:
     """Return what a card's model needs. Raises ModelCardError for files that are missing, cut off or of another kind.
 
     `folder`: the model's. `files`: where the card's own `denoiser` (a file) and `decoder` (a folder) lie, and each adapter's
     file by `adapter:NAME`. Without `params` a decode is counted at the card's limits, and so is a step of several pictures, with
-    guidance; a step of one at the card's defaults: an engine is loaded before it sees a plan's sizes. `device`: on a CPU nothing
-    is quantised. `measured`: working sets in place of the estimates.
+    guidance; a step of one at the card's defaults: an engine is loaded before it sees a plan's sizes. `quantise`: which parts
+    are, and how; where nobody says, as the card does, and on a CPU none. `measured`: working sets in place of the estimates.
     """
-    quantise = card.quantise if device != "cpu" else {}
+    if quantise is None:
+        quantise = card.quantise if device != "cpu" else {}
     parts = _parts(card, folder, files or {}, dtype=dtype, quantise=quantise)
     accelerated = card.accelerated_on("cpu" if device == "cpu" else "cuda")
     cached = accelerated.first_block_cache is not None
@@ -245,7 +248,7 @@ def _parts(
         if card.family in PARTS:
             given = tuple(head for head in given if not (NOT_LOADED | MERGED) & set(head.name.split(".")))
         whole = name in NOT_QUANTISED.get(card.family, ())
-        encoder += _sized(given, itemsize, None if whole else quantise.get("encoder"))
+        encoder += _sized(given, itemsize, None if whole else quantise.get("encoder"), whole=KEPT_WHOLE)
     own = files.get("denoiser")
     read = heads("denoiser") if own is None else read_heads(card.name, own)
     if own is not None and own.suffix == ".gguf":
@@ -270,18 +273,25 @@ def _folded(head: TensorHead) -> TensorHead:
     return replace(head, shape=(*head.shape[:2], *head.shape[3:])) if len(head.shape) == 5 else head
 
 
-def _sized(heads: Iterable[TensorHead], itemsize: int, quantised: str | None) -> list[Sized]:
-    """Linear layers' matrices shrink where the part is quantised; embeddings, norms and biases stay as they are."""
+def _sized(heads: Iterable[TensorHead], itemsize: int, how: str | None, *, whole: tuple[str, ...] = ()) -> list[Sized]:
+    """`how`: linear layers' matrices are quantised, and those with a word of `whole` in their names are not."""
     return [
         Sized(
             head.name,
             head.elements,
-            head.elements * QUANTISED_BITS[quantised] / 8
-            if quantised and len(head.shape) == 2 and not any(word in head.name for word in KEPT_WHOLE)
-            else head.elements * itemsize,
+            _loaded_bytes(head, itemsize, None if any(word in head.name for word in whole) else how),
         )
         for head in heads
     ]
+
+
+def _loaded_bytes(head: TensorHead, itemsize: int, how: str | None) -> float:
+    """With bitsandbytes' scales of 32 bits, one a block in nf4 and one a row in int8."""
+    if len(head.shape) == 2 and how == "int8":
+        return head.elements + 4 * head.shape[0]
+    if len(head.shape) == 2 and how == "nf4" and head.shape[1] % NF4_BLOCK == 0:
+        return head.elements / 2 + 4 * head.elements / NF4_BLOCK
+    return head.elements * itemsize
 
 
 def _gib(tensors: Iterable[Sized]) -> float:

@@ -198,11 +198,12 @@ class Part:
         hosts = {key: host for key, (_, host) in self._copies.items()}
         for owner, name in self._slots():
             tensor = getattr(owner, name)
-            if tensor.device.type != "cpu":
-                if _key(tensor) not in hosts:
-                    hosts[_key(tensor)] = tensor.to("cpu")
-                    self._copies[_key(tensor)] = tensor, hosts[_key(tensor)]  # alive until the end: keys are addresses
-                setattr(owner, name, hosts[_key(tensor)])
+            host = hosts.get(_key(tensor))
+            if host is None and tensor.device.type != "cpu":
+                host = hosts[_key(tensor)] = tensor.to("cpu")
+                self._copies[_key(tensor)] = tensor, host  # alive until the end: keys are addresses
+            if host is not None:
+                setattr(owner, name, host)
         self._copies = {}
 
     def pin(self) -> bool:

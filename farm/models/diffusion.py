@@ -66,7 +66,10 @@ class DiffusionFamily(ABC):
         vram_gib: float,
         renderers: int | None = None,
         measured: WorkingMemory | None = None,
+        quantises: bool | None = None,
     ):
+        """`quantises`: whether parts are quantised as the card says; where nobody says, on a GPU alone. The others are
+        `farm.models.family.open_family`'s."""
         self._card = card
         self._numerics = numerics
         self._dtype: torch.dtype = getattr(torch, numerics.dtype)
@@ -74,6 +77,7 @@ class DiffusionFamily(ABC):
         self._parts: dict[str, Part | Streamed] = {}
         self._loaded = False
         self._measured = measured
+        self.quantised = card.quantise if (self._device.is_cuda if quantises is None else quantises) else {}
         self._acceleration = card.accelerated_on(numerics.device)
         self.placement: Placement | None = None
         self.encodes_ahead = False
@@ -115,6 +119,7 @@ class DiffusionFamily(ABC):
             batch=numerics.batch,
             files=files,
             device=limits.kind,
+            quantise=self.quantised,
             measured=self._measured,
         )
         self._where = folder, files
@@ -127,7 +132,7 @@ class DiffusionFamily(ABC):
         self._device.hold_to_budget()
         with self._device.errors(f"load model {card.name}"):
             refuse_kernels(card, folder)
-            self._loader = Loader(card, folder, files, self._dtype, self._device.torch)
+            self._loader = Loader(card, folder, files, self._dtype, self._device.torch, self.quantised)
             modules = self._modules = self._load_modules(folder)
             accelerate(card.name, modules.denoiser, self._acceleration)
             self._open()

@@ -137,18 +137,22 @@ def open_family(
     vram_gib: float,
     renderers: int | None = None,
     measured: WorkingMemory | None = None,
+    quantises: bool | None = None,
 ) -> Family:
     """Return the family of a card, nothing loaded yet. `device` is torch's name of it: cpu, cuda or cuda:N.
 
     `renderers`: how many share the node's memory; one for each of its GPUs where nobody says. `measured`: what drawing takes on
-    such a device, estimated where nobody measured it.
+    such a device, estimated where nobody measured it. `quantises`: whether parts are quantised as the card says; where nobody
+    says, on a GPU alone.
     """
     if card.family == "sleep":
         from farm.models.sleep import SleepFamily
 
         return SleepFamily()
     kind = _class_of(card.family)
-    return kind(card, numerics, device=device, vram_gib=vram_gib, renderers=renderers, measured=measured)
+    return kind(
+        card, numerics, device=device, vram_gib=vram_gib, renderers=renderers, measured=measured, quantises=quantises
+    )
 
 
 def _class_of(family: str) -> "type[DiffusionFamily]":

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from farm.cardparts import Adapter
 from farm.errors import ModelCardError
 from farm.modelcard import ModelCard
 from farm.models.device import Part
+from farm.models.quantising import keep_layout, settings, without_gpu
 
 T = TypeVar("T")
 
@@ -89,7 +91,7 @@ def _kernels(settings: Any, *, named: bool = False) -> Iterator[str]:
 class Loader:
     """Loads the parts of one model, each in eval() and in host memory.
 
-    `files`: as `files_of` found them. `device`: where quantising happens; on a CPU nothing is quantised.
+    `files`: as `files_of` found them. `device`: where quantising happens. `quantise`: which parts are quantised, and how.
     """
 
     card: ModelCard
@@ -97,6 +99,7 @@ class Loader:
     files: Mapping[str, Path]
     dtype: torch.dtype
     device: torch.device
+    quantise: Mapping[Any, str]
 
     def small(self, part: str, kind: Any, **options: Any) -> Any:
         """Load what has no weights: a tokenizer, a scheduler."""
@@ -111,16 +114,17 @@ class Loader:
         """Load a text encoder of transformers, quantised where the card says so."""
         from transformers import BitsAndBytesConfig
 
-        return self._module(self.folder, part, kind, **self._quantising("encoder", BitsAndBytesConfig))
+        return self._module(self.folder, part, kind, **self._quantising("encoder", part, kind, BitsAndBytesConfig))
 
     def denoiser(self, part: str, kind: Any) -> Any:
         """Load the denoiser: from the model's folder, quantised where the card says so, or from the card's own file."""
         from diffusers import BitsAndBytesConfig
 
-        options = self._quantising("denoiser", BitsAndBytesConfig)
         if self.card.denoiser is not None:
-            return self._single_file(part, kind, options)
-        return self._module(self.folder, part, kind, **options)
+            return self._single_file(part, kind)
+        options = self._quantising("denoiser", part, kind, BitsAndBytesConfig)
+        with without_gpu() if options and self.device.type == "cpu" else nullcontext():
+            return self._module(self.folder, part, kind, **options)
 
     def decoder(self, part: str, kind: Any) -> Any:
         """Load the VAE: from the model's folder, or from the card's own."""
@@ -143,20 +147,21 @@ class Loader:
             ),
         )
         self._refuse_missing(folder / part, told["missing_keys"])
-        return self._settled(module, options)
+        return self._settled(module)
 
-    def _settled(self, module: Any, options: Mapping[str, Any]) -> Any:
+    def _settled(self, module: Any) -> Any:
         """Quantising happens on the GPU; from here on it is for the placement to say what lies there."""
-        if "device_map" in options:
-            Part(module).move(torch.device("cpu"))
+        keep_layout(module)
+        Part(module).move(torch.device("cpu"))
         return module.eval()
 
-    def _single_file(self, part: str, kind: Any, options: dict[str, Any]) -> Any:
-        """Load the card's own file into the shape that the model's folder describes. `options`: how to quantise it."""
+    def _single_file(self, part: str, kind: Any) -> Any:
+        """Load the card's own file into the shape that the model's folder describes."""
         from diffusers import GGUFQuantizationConfig
 
         assert self.card.denoiser is not None
         file, packed = self.files["denoiser"], self.card.denoiser.format == "gguf"
+        options = {}
         if packed:
             self._need("gguf", f"{file.name} as its denoiser")
             options = {"quantization_config": GGUFQuantizationConfig(compute_dtype=self.dtype)}
@@ -180,19 +185,17 @@ class Loader:
                 raise ValueError(f"its tensor {odd} is quantised, and only linear layers can compute with such")
             return module
 
-        return self._settled(load_part(self.card, file.parent, file.name, load), options)
+        return self._settled(load_part(self.card, file.parent, file.name, load))
 
-    def _quantising(self, part: str, config: Any) -> dict[str, Any]:
-        how = dict(self.card.quantise).get(part)  # type: ignore[call-overload]
-        if how is None or self.device.type == "cpu":
+    def _quantising(self, role: str, part: str, kind: Any, config: Any) -> dict[str, Any]:
+        """`role`: encoder or denoiser; `part`: its folder."""
+        how = self.quantise.get(role)
+        if how is None:
             return {}
-        self._need("bitsandbytes", f"its {part} as {how}")
-        quantisation = (
-            config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype)
-            if how == "nf4"
-            else config(load_in_8bit=True)
-        )
-        return {"quantization_config": quantisation, "device_map": {"": self.device}}
+        self._need("bitsandbytes", f"its {role} as {how}")
+        where = self.folder / part
+        given = load_part(self.card, self.folder, part, lambda: settings(how, kind, where, dtype=self.dtype))
+        return {"quantization_config": config(**given), "device_map": {"": self.device}}
 
     def adapt(self, denoiser: Any, pipeline: Any) -> None:
         """Load the card's adapters and have them all active; they are never merged into the weights.

@@ -35,8 +35,8 @@ class ZImageFamily(DiffusionFamily):
         loader.adapt(transformer, ZImagePipeline)
         vae = loader.decoder("vae", AutoencoderKL)
         how = self._acceleration
-        plain = self._card.denoiser is None and not self._card.adapters
-        plain = plain and not how.compile and how.attention == PLAIN.attention
+        own = self._card.denoiser is None and "denoiser" not in self.quantised
+        plain = own and not self._card.adapters and not how.compile and how.attention == PLAIN.attention
         if plain and packs(self._device.torch, self._dtype):
             for blocks in (transformer.layers, transformer.noise_refiner, transformer.context_refiner):
                 pack_blocks(blocks)

@@ -302,7 +302,7 @@ def test_every_path_of_a_card_is_resolved_against_it(tmp_path: Path) -> None:
         (
             "{encoder: nf4}",
             "{denoiser: nf4}",
-            ":17: quantise.denoiser: the denoiser is quantised already, in its GGUF file",
+            ":17: quantise.denoiser: the denoiser is quantised already, in its GGUF file; leave it out",
         ),
         (
             "encoder_on: cpu",
@@ -323,6 +323,14 @@ def test_parts_that_cannot_be_are_refused_with_their_line(tmp_path: Path, old: s
     with pytest.raises(ModelCardError) as caught:
         load_card(file)
     assert caught.value.message.removeprefix(str(file)).startswith(message)
+
+
+def test_a_denoiser_from_a_file_of_its_own_is_not_quantised_as_it_loads(tmp_path: Path) -> None:
+    given = "denoiser: {path: q, file: m.safetensors, format: safetensors}\nquantise: {denoiser: nf4}\n"
+    with pytest.raises(
+        ModelCardError, match=r":12: quantise\.denoiser: the denoiser is read from its own file as it is; leave it out"
+    ):
+        load_card(write(tmp_path, TEXT + given))
 
 
 @pytest.mark.parametrize(

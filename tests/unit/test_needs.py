@@ -91,10 +91,14 @@ def test_quantising_shrinks_matrices_and_leaves_embeddings_and_norms(folder: Pat
     nf4 = needs_of(big(quantise={"encoder": "nf4"}), folder, dtype="bfloat16", batch=1)
     assert in_bytes(nf4.encoder_gib) == (64 * 32 + 32) * 2 + 3 * 64 * 64 * 4.5 / 8
     int8 = needs_of(big(quantise={"denoiser": "int8"}), folder, dtype="bfloat16", batch=1)
-    assert in_bytes(int8.denoiser_gib) == round((100 + 2 * 32 * 64) * 8.5 / 8)
+    assert in_bytes(int8.denoiser_gib) == (100 + 2 * 32 * 64) + 4 * (10 + 2 * 32)  # a scale for each row
+    uneven = needs_of(big(quantise={"denoiser": "nf4"}), folder, dtype="bfloat16", batch=1)
+    assert in_bytes(uneven.denoiser_gib) == 100 * 2 + 2 * 32 * 64 * 4.5 / 8  # rows of 10 are no whole blocks
     assert (nf4.encoder_streamed_gib, int8.denoiser_streamed_gib, int8.denoiser_q4_gib) == (None, None, None)
     on_cpu = needs_of(big(quantise={"encoder": "nf4"}), folder, dtype="bfloat16", batch=1, device="cpu")
     assert in_bytes(on_cpu.encoder_gib) == (64 * 32 + 3 * 64 * 64 + 32) * 2
+    told = needs_of(big(), folder, dtype="bfloat16", batch=1, device="cpu", quantise={"encoder": "nf4"})
+    assert told.encoder_gib == nf4.encoder_gib
 
 
 def test_of_newbies_encoders_gemma_alone_is_quantised_and_jinas_adapters_are_merged(folder: Path) -> None:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from farm.cardparts import Adapter, Denoiser, Source
 from farm.errors import ModelCardError
 from farm.models.loading import Loader
+from farm.models.quantising import whole_layers
 from farm.models.qwen import QwenFamily
 from farm.models.zimage import ZImageFamily
 from tests.drawing import card, numerics, spec, write_tiny_zimage
@@ -154,7 +156,7 @@ def test_a_file_that_lacks_a_tensor_is_refused(folder: Path, tmp_path: Path) -> 
 
 def loader(folder: Path, device: str = "cpu", **changes: Any) -> Loader:
     made = card(folder, family="qwen-image", **changes)
-    return Loader(made, folder, {}, torch.float32, torch.device(device))
+    return Loader(made, folder, {}, torch.float32, torch.device(device), made.quantise)
 
 
 def test_a_missing_package_is_named_with_what_needs_it(
@@ -177,22 +179,34 @@ def test_a_missing_package_is_named_with_what_needs_it(
 
 
 def test_nothing_is_quantised_on_a_cpu(folder: Path) -> None:
-    model = loader(folder, quantise={"denoiser": "nf4"}).denoiser("transformer", QwenImageTransformer2DModel)
-    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+    family = loaded(folder, quantise={"denoiser": "nf4", "encoder": "int8"})
+    assert dict(family.quantised) == {}
+    parts = (family._modules.encoder, family._modules.denoiser)
+    assert {tensor.dtype for part in parts for tensor in part.parameters()} == {torch.float32}
 
 
-def test_what_is_asked_of_bitsandbytes_follows_from_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Loader, "_need", lambda self, package, what: None)
+def test_what_is_asked_of_bitsandbytes_follows_from_the_card(folder: Path) -> None:
     asked = loader(folder, "cuda", quantise={"denoiser": "nf4", "encoder": "int8"})
-    assert asked._quantising("denoiser", dict) == {
+    assert asked._quantising("denoiser", "transformer", QwenImageTransformer2DModel, dict) == {
         "quantization_config": {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_compute_dtype": torch.float32,
+            "llm_int8_skip_modules": whole_layers(QwenImageTransformer2DModel, folder / "transformer"),
         },
         "device_map": {"": torch.device("cuda")},
     }
-    assert asked._quantising("encoder", dict)["quantization_config"] == {"load_in_8bit": True}
+    int8 = asked._quantising("encoder", "text_encoder", Qwen2_5_VLForConditionalGeneration, dict)
+    assert int8["quantization_config"] == {"load_in_8bit": True}
+
+
+def test_layers_whose_rows_are_no_whole_blocks_stay_whole(folder: Path) -> None:
+    narrow = whole_layers(QwenImageTransformer2DModel, folder / "transformer")
+    assert {"img_in", "txt_in", "transformer_blocks.1.attn.to_q"} <= set(narrow)  # 16 and 32 wide
+    assert "time_text_embed.timestep_embedder.linear_1" not in narrow  # 256
+    words = whole_layers(Qwen2_5_VLForConditionalGeneration, folder / "text_encoder")
+    assert "model.language_model.layers.0.self_attn.q_proj" in words
+    assert "lm_head" in words
 
 
 def test_an_adapter_adds_its_weights_by_its_weight_and_is_never_merged(folder: Path, tmp_path: Path) -> None:
