@@ -1,8 +1,11 @@
 import logging
 import os
+import sys
 
 # Torch reads it as CUDA starts: fragments then cost next to nothing of what `farm.placement` counts on.
 if "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-# On a CPU it warns, as soon as diffusers imports it, of a faster kernel that would be downloaded: nothing here wants that.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# Where there are both packages, bitsandbytes would fetch a kernel from a hub and run it, as it is imported with diffusers on a
+# processor with AVX512-BF16; without the other one it says that it misses it.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
