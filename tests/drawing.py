@@ -179,14 +179,16 @@ def on_device() -> threading.Lock:
 WORDS = ["a", "red", "blue", "green", "circle", "square", "star", "on", "white", "black", "background", "the", "and"]
 
 
-def write_tiny_zimage(folder: Path) -> Path:
-    """Write a Z-Image model with random weights, some 100 kB, in diffusers' folder layout."""
+def write_tiny_zimage(folder: Path, *, wide: bool = False) -> Path:
+    """Write a Z-Image model with random weights, some 100 kB, in diffusers' folder layout. `wide`: 10 MB, its layers are of whole
+    blocks of 64, but for the first of the denoiser."""
     import torch
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
     torch.manual_seed(0)
+    width = 64 if wide else 32
     ids = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "<s>", "</s>", *WORDS])}
     words = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -212,12 +214,12 @@ def write_tiny_zimage(folder: Path) -> Path:
         text_encoder=Qwen3Model(
             Qwen3Config(
                 vocab_size=len(ids),
-                hidden_size=32,
-                intermediate_size=48,
+                hidden_size=width,
+                intermediate_size=128 if wide else 48,
                 num_hidden_layers=2,
                 num_attention_heads=2,
                 num_key_value_heads=1,
-                head_dim=16,
+                head_dim=width // 2,
                 max_position_embeddings=512,
                 use_cache=False,
                 pad_token_id=0,
@@ -228,12 +230,12 @@ def write_tiny_zimage(folder: Path) -> Path:
         tokenizer=tokenizer,
         transformer=ZImageTransformer2DModel(
             in_channels=4,
-            dim=32,
+            dim=192 if wide else 32,  # a block's inner width is 8/3 of it
             n_layers=2,
             n_refiner_layers=1,
-            n_heads=2,
-            n_kv_heads=2,
-            cap_feat_dim=32,
+            n_heads=12 if wide else 2,
+            n_kv_heads=12 if wide else 2,
+            cap_feat_dim=width,
             axes_dims=[4, 6, 6],
             axes_lens=[1024, 64, 64],
         ),

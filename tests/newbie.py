@@ -28,17 +28,19 @@ def newbie_card(folder: Path, **changes: Any) -> ModelCard:
     return card(folder, **{"name": "newbie", "family": "newbie"} | changes)
 
 
-def write_tiny_newbie(folder: Path, layout: Literal["diffusers", "original"] = "diffusers", *, seed: int = 0) -> Path:
-    """Write the model; the same weights for either layout."""
+def write_tiny_newbie(
+    folder: Path, layout: Literal["diffusers", "original"] = "diffusers", *, seed: int = 0, wide: bool = False
+) -> Path:
+    """Write the model; the same weights for either layout. `wide`: Gemma's layers are of whole blocks of 64."""
     ours = layout == "original"
     torch.manual_seed(seed)
-    tensors = denoiser_tensors()
+    tensors = denoiser_tensors(64 if wide else CAPTION)
     config: dict[str, Any] = {"_class_name": "Lumina2Transformer2DModel", "axes_dim_rope": [4, 4, 4], "patch_size": 2}
     if ours:
         tensors = as_published(tensors)
         config = {"model_type": "nextdit_clip", "axes_dims": [4, 4, 4], "patch_size": 2, "dim": HIDDEN}
     write(folder / "transformer", "diffusion_pytorch_model.safetensors", tensors, config)
-    _write_gemma(folder / "text_encoder")
+    _write_gemma(folder / "text_encoder", wide=wide)
     _write_words(folder / ("text_encoder" if ours else "tokenizer"), bos=True)
     jina = "clip_model" if ours else "text_encoder_2"
     write(folder / jina, "model.safetensors", jina_tensors(), jina_config())
@@ -54,8 +56,8 @@ def write(folder: Path, name: str, tensors: dict[str, torch.Tensor], config: dic
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def denoiser_tensors() -> dict[str, torch.Tensor]:
-    """Random weights of the denoiser under diffusers' names."""
+def denoiser_tensors(caption: int = CAPTION) -> dict[str, torch.Tensor]:
+    """Random weights of the denoiser under diffusers' names. `caption`: features of a token's states."""
     from farm.models.newbie_transformer import NewBieTransformer
 
     model = NewBieTransformer(
@@ -66,7 +68,7 @@ def denoiser_tensors() -> dict[str, torch.Tensor]:
         num_attention_heads=2,
         num_kv_heads=1,
         axes_dim_rope=(4, 4, 4),
-        cap_feat_dim=CAPTION,
+        cap_feat_dim=caption,
         pooled_dim=POOLED,
     )
     return {name: torch.randn_like(tensor) * 0.2 for name, tensor in model.state_dict().items()}
@@ -142,7 +144,7 @@ def jina_tensors() -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _write_gemma(folder: Path) -> None:
+def _write_gemma(folder: Path, *, wide: bool) -> None:
     from transformers import Gemma3Config, Gemma3Model
 
     text = {
@@ -157,6 +159,8 @@ def _write_gemma(folder: Path) -> None:
         "sliding_window": 16,
         "query_pre_attn_scalar": 8,
     }
+    if wide:
+        text |= {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "query_pre_attn_scalar": 32}
     eyes = {
         "hidden_size": 16,
         "intermediate_size": 16,

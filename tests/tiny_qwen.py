@@ -10,10 +10,11 @@ user assistant a red blue green circle square star on white black
 TEMPLATE_TOKENS = ["\n", ",", ":"]
 
 
-def write_tiny_qwen(folder: Path) -> Path:
+def write_tiny_qwen(folder: Path, *, wide: bool = False) -> Path:
     """Write a Qwen-Image model, some 1 MB, in diffusers' folder layout.
 
-    As the real one's, its template has 34 tokens before a prompt, and its noise levels shift with the picture's size.
+    As the real one's, its template has 34 tokens before a prompt, and its noise levels shift with the picture's size. `wide`: its
+    layers are of whole blocks of 64, but for the first of the denoiser.
     """
     import torch
     from diffusers import (
@@ -25,6 +26,7 @@ def write_tiny_qwen(folder: Path) -> Path:
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(0)
+    width, sections = (64, [4, 6, 6]) if wide else (32, [2, 3, 3])
     special = ["<|endoftext|>", "[UNK]", "<|im_start|>", "<|im_end|>"]
     ids = {word: i for i, word in enumerate([*special, *TEMPLATE_TOKENS, *WORDS.split()])}
     words = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
@@ -37,13 +39,13 @@ def write_tiny_qwen(folder: Path) -> Path:
         Qwen2_5_VLConfig(
             text_config={
                 "vocab_size": len(ids),
-                "hidden_size": 32,
-                "intermediate_size": 48,
+                "hidden_size": width,
+                "intermediate_size": 128 if wide else 48,
                 "num_hidden_layers": 2,
                 "num_attention_heads": 2,
                 "num_key_value_heads": 1,
                 "max_position_embeddings": 2048,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
                 "bos_token_id": 0,
                 "eos_token_id": 0,
                 "pad_token_id": 0,
@@ -53,7 +55,7 @@ def write_tiny_qwen(folder: Path) -> Path:
                 "hidden_size": 16,
                 "intermediate_size": 16,
                 "num_heads": 2,
-                "out_hidden_size": 32,
+                "out_hidden_size": width,
                 "fullatt_block_indexes": [0],
             },
         )
@@ -73,10 +75,10 @@ def write_tiny_qwen(folder: Path) -> Path:
             in_channels=16,
             out_channels=4,
             num_layers=2,
-            attention_head_dim=16,
+            attention_head_dim=width // 2,
             num_attention_heads=2,
-            joint_attention_dim=32,
-            axes_dims_rope=(4, 6, 6),
+            joint_attention_dim=width,
+            axes_dims_rope=(8, 12, 12) if wide else (4, 6, 6),
         ),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -141,6 +141,7 @@ class _Writer:
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device):
         self.folder = folder
+        self.norms = 1.0
         self._dtype = dtype
         self._generator = torch.Generator(device).manual_seed(0)
 
@@ -166,9 +167,9 @@ class _Writer:
             (self.folder / f"{stem}.safetensors.index.json").write_text(json.dumps(written))
 
     def drawn(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Norms weigh about one, biases nothing, matrices and kernels what keeps a sum of their inputs near one."""
+        """Norms weigh `norms`, biases nothing, matrices and kernels what keeps a sum of their inputs near one."""
         if name.endswith("gamma") or (len(shape) == 1 and name.endswith("weight")):
-            return torch.ones(shape, dtype=self._dtype)
+            return torch.full(shape, self.norms, dtype=self._dtype)
         if len(shape) < 2:
             return torch.zeros(shape, dtype=self._dtype)
         deviation = _deviation(shape)
@@ -353,9 +354,15 @@ def _qwen_denoiser(size: Size) -> Callable[[], Any]:
     return lambda: QwenImageTransformer2DModel(**(shape if size == "tiny" else {}))
 
 
-def _newbie(size: Size) -> dict[str, Callable[[_Writer], None]]:
+def write_gemma(to: _Writer, shape: Mapping[str, Any]) -> None:
+    """Write a text encoder of NewBie."""
     from transformers import Gemma3TextConfig, Gemma3TextModel
 
+    to.norms = 0.0  # it adds one
+    to.module(lambda: Gemma3TextModel(Gemma3TextConfig(**shape)), stem="model")
+
+
+def _newbie(size: Size) -> dict[str, Callable[[_Writer], None]]:
     shape: dict[str, Any] = {}
     reader: dict[str, Any] = {
         "vocab_size": 262208,
@@ -401,7 +408,7 @@ def _newbie(size: Size) -> dict[str, Callable[[_Writer], None]]:
     return {
         "tokenizer": lambda to: _tokenizer(to.folder, begins=True),
         "tokenizer_2": lambda to: _tokenizer(to.folder, begins=True),
-        "text_encoder": lambda to: to.module(lambda: Gemma3TextModel(Gemma3TextConfig(**reader)), stem="model"),
+        "text_encoder": lambda to: write_gemma(to, reader),
         "text_encoder_2": write_jina,
         "transformer": lambda to: to.module(lambda: NewBieTransformer(**shape), stem="diffusion_pytorch_model"),
         "vae": lambda to: to.module(lambda: _flux_vae(size), stem="diffusion_pytorch_model"),

@@ -13,9 +13,14 @@ from farm.bench import giants, gpu
 from farm.bench.gpufigures import Case, Row, idle_share, memory_table, peer_table, ratios
 from farm.bench.gpugains import OWN
 from farm.modelcard import find_card
+from farm.models.loading import Loader
+from farm.models.newbie_text import Gemma
 from farm.needs import needs_of
 from farm.settings import load_settings
+from tests.drawing import card
+from tests.quantised import cosine, quantised_layers, shuffle
 
+CPU = torch.device("cpu")
 CASE = Case(1024, 1024, 8)
 
 
@@ -103,6 +108,27 @@ def test_random_blocks_are_weights_around_zero_of_the_spread_that_was_asked_for(
     assert weights.shape == (64, 1024)
     assert abs(weights.mean()) < 0.001
     assert weights.std() == pytest.approx(1024**-0.5, rel=0.05)
+
+
+def test_a_random_gemma_as_deep_as_the_real_one_bears_nf4(tmp_path: Path) -> None:
+    shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 34}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 64}
+    writer = giants._Writer(tmp_path / "text_encoder", torch.float32, CPU)
+    writer.folder.mkdir()
+    giants.write_gemma(writer, shape)
+    ids = torch.randint(5, 512, (1, 64), generator=torch.Generator().manual_seed(0))
+
+    def states(quantise: dict[str, str], *, shuffled: bool = False) -> torch.Tensor:
+        encoder = Loader(card(tmp_path), tmp_path, {}, torch.float32, CPU, quantise).encoder("text_encoder", Gemma)
+        if shuffled:
+            shuffle(quantised_layers(encoder))
+        with torch.inference_mode():
+            found = encoder(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[-2][0]
+        return torch.as_tensor(found)
+
+    whole, nf4 = states({}), {"encoder": "nf4"}
+    assert 0.7 < cosine(states(nf4), whole) < 0.95
+    assert cosine(states(nf4, shuffled=True), whole) < 0.3
 
 
 def test_large_parts_come_in_shards_that_hold_every_tensor_once() -> None:
