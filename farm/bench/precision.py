@@ -1,12 +1,14 @@
-"""What quantising a denoiser costs in fidelity, and what compiling it changes: the bundled model against itself in float32.
+"""What quantising costs in fidelity, and what compiling changes: the bundled model against itself in float32.
 
-The same prompts with the same seeds are drawn by the very engine that renders jobs, its denoiser each time another: in bfloat16,
-from GGUF files of 8 to 4 bits a weight, compiled. Two things are told of each. How far its pictures are from the reference's, in
-PSNR and in levels of 255: that is what was lost. And how often a judge that has no taste finds them right (`farm.sketch.judge`):
-that is whether it matters. A small model has no weights to spare, so it loses more than a large one would.
+The same prompts with the same seeds are drawn by the very engine that renders jobs, a part of it each time another: the denoiser
+in bfloat16, from GGUF files of 8 to 4 bits a weight, in nf4 and int8 by bitsandbytes, compiled; the text encoder in nf4 and int8.
+Two things are told of each. How far its pictures are from the reference's, in PSNR and in levels of 255: that is what was lost.
+And how often a judge that has no taste finds them right (`farm.sketch.judge`): that is whether it matters. A small model has no
+weights to spare, so it loses more than a large one would.
 
-Seconds stand beside the reference's of the same run. On a CPU that one has the packed layers of `farm.models.packed`, and all
-others have not; a GGUF denoiser is dequantised at every step, too. What it saves is memory.
+Seconds stand beside the reference's of the same run. On a CPU that one has the packed layers of `farm.models.packed`, which other
+denoisers have not; a quantised one is dequantised at every step, too. What it saves is memory. Jobs on a CPU have nothing
+quantised as it loads: here it is, so that what a GPU would draw can be judged where there is none.
 
     python -m farm.bench.precision [--prompts N] [--page infra/bench/precision.md]
 """
@@ -19,7 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +31,7 @@ from farm.cardparts import Acceleration, Denoiser
 from farm.devices import local_device, numerics_for
 from farm.engine import Engine, Picture
 from farm.modelcard import ModelCard, find_card
+from farm.models.family import open_family
 from farm.needs import files_of, folders_of
 from farm.settings import Settings, load_settings
 from farm.sketch.adherence import unseen_prompts
@@ -45,11 +48,12 @@ FIGURES = "<!-- figures: python -m farm.bench.precision --page infra/bench/preci
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A denoiser, and how it is computed with."""
+    """A way to draw; `part` is the one that is another."""
 
     name: str
     card: ModelCard
     dtype: str = "float32"
+    part: Literal["encoder", "denoiser"] = "denoiser"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,11 @@ def variants_of(card: ModelCard, folder: Path, settings: Settings) -> list[Varia
         write_gguf(weights, file, kind=kind, architecture="z_image")
         denoiser = Denoiser(path=str(folder), file=file.name, format="gguf")
         found.append(Variant(f"GGUF {kind}", card.model_copy(update={"denoiser": denoiser})))
+    for how in ("nf4", "int8"):
+        found.append(Variant(how, card.model_copy(update={"quantise": {"denoiser": how}})))
+    for how in ("nf4", "int8"):
+        quantised = card.model_copy(update={"quantise": {"encoder": how}})
+        found.append(Variant(f"text encoder {how}", quantised, part="encoder"))
     compiled = {"cpu": Acceleration(compile=True), "cuda": Acceleration(compile=True)}
     found.append(Variant("float32, compiled", card.model_copy(update={"acceleration": compiled})))
     return found
@@ -157,16 +166,19 @@ def _engine(variant: Variant, settings: Settings) -> Engine:
     device = local_device()
     numerics = numerics_for(variant.card, device=device, renderers=1)
     numerics = numerics.model_copy(update={"batch": BATCH, "dtype": variant.dtype})
-    return Engine(variant.card, numerics, "cuda:0" if device.kind == "cuda" else "cpu", settings.vram_gib)
+    name = "cuda:0" if device.kind == "cuda" else "cpu"
+    family = open_family(variant.card, numerics, device=name, vram_gib=settings.vram_gib, quantises=True)
+    return Engine(variant.card, numerics, name, settings.vram_gib, family=family)
 
 
 def _megabytes(variant: Variant, settings: Settings) -> float:
-    """What the denoiser's weights take once they are loaded."""
+    """What the part's weights take once they are loaded."""
     from farm.needs import needs_of
 
     folder, files = locate(variant.card, settings=settings), files_of(variant.card, settings=settings)
-    needs = needs_of(variant.card, folder, dtype=variant.dtype, batch=1, files=files, device="cpu")
-    return needs.denoiser_gib * 2**30 / 1e6
+    quantise = variant.card.quantise
+    needs = needs_of(variant.card, folder, dtype=variant.dtype, batch=1, files=files, device="cpu", quantise=quantise)
+    return {"encoder": needs.encoder_gib, "denoiser": needs.denoiser_gib}[variant.part] * 2**30 / 1e6
 
 
 def _row(
@@ -217,7 +229,7 @@ def distance(mine: Sequence[Picture], reference: Sequence[Picture]) -> Distance:
 def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     lines = [
-        "| denoiser | its weights, MB | right, % | 95 % interval | pictures equal | levels apart | PSNR, dB | time |",
+        "| part | its weights, MB | right, % | 95 % interval | pictures equal | levels apart | PSNR, dB | time |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -247,7 +259,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(
         prog="python -m farm.bench.precision", description=(__doc__ or "").splitlines()[0]
     )
-    arguments.add_argument("--prompts", type=int, default=PROMPTS, help="pictures of each denoiser")
+    arguments.add_argument("--prompts", type=int, default=PROMPTS, help="pictures of each row")
     arguments.add_argument("--page", type=Path, help="page to put the figures into")
     given = arguments.parse_args()
     if given.prompts < 1:
