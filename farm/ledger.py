@@ -352,7 +352,7 @@ class Ledger:
     def put_profile(self, profile: Profile) -> None:
         """Write what was measured. A job's leaves the stages that a benchmark measured of the same model as they are."""
         key = profile_key(profile.model, profile.device, profile.acceleration)
-        if profile.stages is None and (known := self._profile(key)) is not None and known.identity == profile.identity:
+        if profile.stages is None and (known := self._profile(key)) is not None and known.is_of(profile.identity):
             profile = profile.model_copy(update={"stages": known.stages})
         self.store.put(key, profile.model_dump_json().encode(), content_type=_JSON)
 

@@ -52,8 +52,9 @@ MERGED = frozenset({"lora_A", "lora_B"})
 """Segments of names of what is added to other weights as they load (`farm/models/newbie_text.py`)."""
 ENCODING = ("encoder.", "quant_conv.")
 """What Qwen's VAE has for encoding pictures, which is let go of when it is folded (`farm/models/qwen_vae.py`)."""
-KEPT_WHOLE = ("embed", "shared", "lm_head")
-"""Words in the names of a text encoder's matrices that are no linear layers, or its last one, and are not quantised."""
+KEPT_WHOLE = ("embed", "shared", "lm_head", ".wo.")
+"""Words in the names of a text encoder's matrices that are no linear layers, or its last one, or that transformers leaves as they
+are (the second of T5's feed-forward layers), and are not quantised."""
 
 NF4_BLOCK = 64
 """Weights that share a scale in nf4. A matrix whose rows are no whole blocks is not quantised: it would be slow on a GPU, and on
@@ -147,7 +148,13 @@ def needs_of(
         decode_gib=decode_gib if params else largest_decode_gib,
         inner_step_gib=working.step_gib * denoised_together(card, limit, 1, guided=guided) / MEGAPIXEL + gguf_gib,
         inner_decode_gib=largest_decode_gib,
-        kept_gib=kept * denoised_together(card, pixels, batch, guided=guided) / MEGAPIXEL,
+        kept_gib=kept
+        * (
+            denoised_together(card, pixels, batch, guided=guided)
+            if params
+            else denoised_together(card, limit, 1, guided=True)
+        )
+        / MEGAPIXEL,
         encoder_streamed_gib=None if "encoder" in quantise else _streamed_gib(parts["encoder"]),
         denoiser_streamed_gib=None if whole_blocks else streamed_gib,
         plain_streamed_gib=streamed_gib if whole_blocks else None,

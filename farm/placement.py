@@ -301,7 +301,7 @@ def _nearest(n: Needs, given: float) -> str:
     if n.denoiser_q4_gib is not None and n.denoiser_q4_gib + n.step_gib <= given < n.denoiser_gib + n.step_gib:
         nearest.append(f"a card with a GGUF denoiser (as Q4_K_M about {n.denoiser_q4_gib:.1f} GiB)")
     if rest_fits and n.plain_streamed_gib is not None and n.plain_streamed_gib + n.step_gib <= given:
-        nearest.append("the card without compile and first_block_cache, whose blocks then come one by one")
+        nearest.append("the card without compile or first_block_cache, whose blocks then come one by one")
     if not rest_fits:
         nearest.append("a card that quantises the text encoder")
     needed = math.ceil((n.largest_part_gib + CONTEXT_GIB + SLACK_GIB) * 2) / 2

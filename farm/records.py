@@ -241,9 +241,9 @@ class Profile(Record):
     measured_at: str = Field(description="ISO 8601, UTC")
     stages: Stages | None = None
 
-    def is_of(self, identity: str) -> bool:
+    def is_of(self, identity: str | None) -> bool:
         """Whether it was measured of that model in that dtype, as far as anybody knows."""
-        return self.identity in (None, identity)
+        return None in (self.identity, identity) or self.identity == identity
 
     def seconds_of(self, params: RenderParams) -> float:
         """Estimate an image's seconds: what was measured, scaled by its stages where they are known, else by pixels x steps."""

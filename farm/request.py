@@ -122,7 +122,7 @@ def wish_of(loaded: LoadedManifest, card: ModelCard) -> Wish:
 
 def speed_of(request: Request, ledger: Ledger | None) -> Speed:
     """How fast a renderer of the pool is: where its devices differ, such that all of them side by side come to the same."""
-    devices = Counter((request.device, *request.others))
+    devices = Counter((request.device, *request.others)[: request.renderers])
     found = {device: _speed_on(device, request, ledger) for device in devices}
     known = {device: speed.seconds_per_image for device, speed in found.items() if speed.seconds_per_image is not None}
     if not known:

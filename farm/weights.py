@@ -139,8 +139,8 @@ def export(settings: Settings) -> None:
             os.environ[f"FARM_{name.upper()}"] = str(value)
     if "weights" in settings.model_fields_set:
         os.environ.setdefault("FARM_WEIGHTS", str(settings.weights))
-    if "remote_code" in settings.model_fields_set:
-        os.environ.setdefault("FARM_REMOTE_CODE", json.dumps(settings.remote_code))
+    if "remote_code" in settings.model_fields_set and "remote_code" not in load_settings().model_fields_set:
+        os.environ["FARM_REMOTE_CODE"] = json.dumps(settings.remote_code)
 
 
 def _left_out(card: ModelCard, source: Source) -> tuple[str, ...]:

@@ -274,11 +274,14 @@ class _Bench:
         """Add how long parts take to come where prompts are encoded ahead: the first prompt waits for the encoder, and the next
         batch for the denoiser."""
         wish, engine = self._wish, self._engine
-        texts = wish.prompts if len(wish.prompts) > 1 else (wish.prompts[0], f"{wish.prompts[0]}.")
+        texts = (
+            *wish.prompts,
+            f". {wish.prompts[0]}",
+        )  # two that differ, one at least, also where long ones are cut off
         batches = engine.batches([_spec(0, text, wish.seed, wish.params) for text in texts], most=1)
         encoded = [self._now()]
         ahead, _ = engine.encode_ahead(batches, on_step=lambda step: encoded.append(self._now()), cancelled=_never)
-        if not ahead:
+        if len(ahead) < 2:
             return job
         first_s, *further_s = [ended - began for began, ended in itertools.pairwise(encoded)]
         encode_s = statistics.median(further_s)

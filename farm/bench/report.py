@@ -265,7 +265,8 @@ def ways_table(measured: Measured, ways: Sequence[Way]) -> str:
     lines.append(f"| as it is | {load} | {picture} | | {job} | {measured.job.batch} | | {peak} | | |")
     for way in ways:
         if way.measured is None:
-            lines.append(f"| {way.name} | cannot be had here: {way.failed} | | | | | | | | |")
+            said = str(way.failed).replace("|", "\\|")
+            lines.append(f"| {way.name} | cannot be had here: {said} | | | | | | | | |")
             continue
         load, picture, job, peak = figures(way.measured)
         psnr = "—" if way.median_db is None else f"{way.median_db:.1f}"

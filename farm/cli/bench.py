@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from farm.bench.report import Setup
     from farm.devices import DeviceInfo
     from farm.engine import Picture
+    from farm.ledger import Ledger, Profile
     from farm.modelcard import ModelCard, RenderParams
     from farm.plan import Numerics
 
@@ -166,6 +167,7 @@ def bench(
         finally:
             engine.unload()
         folder.write(setup, measured)
+    refused = _store(ledger, [profile_of(setup, measured)])
     found = []
     if ways:
         found = measure_ways(
@@ -178,19 +180,12 @@ def bench(
             say=say_how,
         )
         folder.write(setup, measured, found)
-    profiles = [profile_of(setup, measured)]
-    profiles += [
-        profile_of(replace(setup, card=way.card, numerics=way.numerics), way.measured)
-        for way in found[: len(ways)]
-        if way.measured
-    ]
-    refused = None
-    if ledger is not None:
-        try:
-            for one in profiles:
-                ledger.put_profile(one)
-        except StoreError as exc:
-            refused = exc
+        others_found = [
+            profile_of(replace(setup, card=way.card, numerics=way.numerics), way.measured)
+            for way in found[: len(ways)]
+            if way.measured
+        ]
+        refused = refused or _store(ledger, others_found)
     stored = ledger is not None and refused is None
     if options.json:
         print_json({**record_of(setup, measured, found), "out": str(folder.path), "profile_stored": stored})
@@ -206,6 +201,18 @@ def bench(
     print_error(refused.code, refused.message, as_json=False)  # stdout has the one JSON value already
     note(f"note: farm plan does not learn of this: its profile is not stored; the report lies in {folder.path}")
     return exit_code(refused)
+
+
+def _store(ledger: "Ledger | None", profiles: "list[Profile]") -> StoreError | None:
+    """Store what farm plan estimates by; what the store says where it does not take it."""
+    if ledger is None:
+        return None
+    try:
+        for one in profiles:
+            ledger.put_profile(one)
+    except StoreError as exc:
+        return exc
+    return None
 
 
 def _params(card: "ModelCard", preset: str | None) -> "RenderParams":
@@ -268,7 +275,10 @@ def _show_way(way: "Way") -> None:
     if way.measured is None:
         say(f"  {way.name}: cannot be had here: {way.failed}")
         return
-    apart = "the same pictures" if way.median_db is None else f"pictures {way.median_db:.1f} dB apart"
+    every = len(way.psnr_db)
+    apart = "the same pictures" if way.equal == every else f"{way.equal} of {every} pictures the same"
+    if way.median_db is not None:
+        apart += f", the median one {way.median_db:.1f} dB apart"
     gains = f"{way.picture_gain:.2f}× as fast a picture, {way.job_gain:.2f}× in a job's batches of {way.numerics.batch}"
     say(f"  {way.name}: {gains}; {apart}")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -172,22 +173,29 @@ def _placement_lines(plan: "Plan", placements: "tuple[Fit, ...] | None") -> list
 
 
 def _how_long(plan: "Plan", fit: "Fit") -> "Iterator[str]":
-    """For how long each part is in, as it was measured there."""
+    """For how long each part is in, as it was measured there; on average over a sweep."""
+    from farm.modelcard import merged
+
     if fit.placement is None:
         return
-    phased, stages, params = fit.placement.encodes_ahead, fit.stages, plan.params
+    phased, stages = fit.placement.encodes_ahead, fit.stages
+    if fit.placement.streamed:
+        return  # what was measured was so placed elsewhere
     if stages is None or (phased and stages.encoder_in_s is None):
         if phased:
             yield f"for how long each is in: not measured there yet; farm bench {plan.card.name} does"
         return
-    denoise_s, decode_s = stages.drawing_s(params)
+    points = [merged(plan.params, point) for point in plan.sweep]
+    denoise_s, decode_s = (fmean(each) for each in zip(*map(stages.drawing_s, points), strict=True))
     if plan.card.family == "diffusers":  # its pipelines encode, denoise and decode in one call
         yield f"as measured: {duration(denoise_s)} an image"
         return
     drawing = f"denoiser {duration(denoise_s)} and decoder {duration(decode_s)} an image"
     if phased:
         prompts = max(1, min(plan.shard_images, plan.images) // (plan.seeds.count * len(plan.sweep)))
-        encoder = f"encoder in for {duration(stages.encoder_s(params, prompts))} a shard of {count(prompts, 'prompt')}"
+        encoder = (
+            f"encoder in for {duration(stages.encoder_s(points[0], prompts))} a shard of {count(prompts, 'prompt')}"
+        )
         yield f"as measured: {encoder}, denoiser back after {duration(stages.denoiser_in_s or 0.0)}; {drawing}"
     else:
         yield f"as measured: encoder {duration(stages.encode_s)} a prompt, {drawing}"

@@ -7,5 +7,5 @@ if "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # Where there are both packages, bitsandbytes would fetch a kernel from a hub and run it, as it is imported with diffusers on a
 # processor with AVX512-BF16; without the other one it says that it misses it.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+sys.modules["kernels"] = None  # type: ignore[assignment]
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

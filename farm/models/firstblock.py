@@ -55,7 +55,7 @@ class FirstBlockCache:
         if kept is not None and _change(kept.first, added) < self._threshold:
             self._kept.append(kept)
             return tuple(one + more for one, more in zip(after, kept.others, strict=True))
-        del kept, streams  # the others need the room
+        del kept  # the others need the room
         ends = after
         for each in others:
             ends = block(each, ends)

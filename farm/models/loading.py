@@ -65,7 +65,7 @@ def load_part(card: ModelCard, folder: Path, part: str, load: Callable[[], T]) -
 
 def refuse_kernels(card: ModelCard, folder: Path) -> None:
     """Raise ModelCardError where the settings of a model's part name an attention kernel, which would be fetched and run."""
-    for file in sorted(folder.glob("*/config.json")):
+    for file in sorted(folder.glob("*/config*.json")):
         settings = load_part(card, file.parent, file.name, partial(_json, file))
         for kernel in _kernels(settings):
             raise ModelCardError(
@@ -83,6 +83,9 @@ def _kernels(settings: Any, *, named: bool = False) -> Iterator[str]:
     if isinstance(settings, dict):
         for name, value in settings.items():
             yield from _kernels(value, named=named or name.endswith("attn_implementation"))
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _kernels(value, named=named)
     elif named and isinstance(settings, str) and settings not in ATTENTION:
         yield settings
 

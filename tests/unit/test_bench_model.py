@@ -240,7 +240,7 @@ def test_prompts_of_a_job_are_encoded_ahead_where_the_encoder_leaves_the_device(
     family.encodes_ahead = True
     result = measured(family)
     before = 2 * (1 + 2 * 2)  # positive and negative, of the cold picture and two rounds of two
-    assert len(family.encoded) == before + 2 + 3  # both prompts and their negative one, as the encoder is timed
+    assert len(family.encoded) == before + 2 + 4  # three prompts and their negative one, as the encoder is timed
     assert [one.encode_s for one in result.of("job")] == pytest.approx([0.0] * 3, abs=0.05)
 
 
@@ -262,7 +262,9 @@ class Coming(FakeFamily):
         return super().denoise(specs, noise, **given)
 
 
-@pytest.mark.parametrize("prompts", [("a red circle", "a blue square", "a dot"), ("a red circle",)])
+@pytest.mark.parametrize(
+    "prompts", [("a red circle", "a blue square", "a dot"), ("a red circle",), ("a red circle", "a red circle")]
+)
 def test_how_long_parts_take_to_come_is_told_apart_from_their_work(
     monkeypatch: pytest.MonkeyPatch, prompts: tuple[str, ...]
 ) -> None:

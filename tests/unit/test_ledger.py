@@ -440,10 +440,11 @@ def test_a_jobs_profile_leaves_the_stages_that_a_benchmark_measured(ledger: Ledg
     found = ledger.profile("shapes", "cpu")
     assert found is not None
     assert (found.seconds_per_image, found.stages) == (0.5, stages)
-    ledger.put_profile(Profile(**fields, seconds_per_image=0.5, identity="of other weights"))
-    found = ledger.profile("shapes", "cpu")
-    assert found is not None
-    assert found.stages is None
+    for identity, kept in (("of these weights", stages), ("of these weights", stages), ("of others", None)):
+        ledger.put_profile(Profile(**fields, seconds_per_image=0.5, identity=identity))
+        found = ledger.profile("shapes", "cpu")
+        assert found is not None
+        assert found.stages == kept
 
 
 def test_ten_million_images_take_little_to_look_over(ledger: Ledger, store: CountingStore) -> None:

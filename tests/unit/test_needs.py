@@ -116,6 +116,14 @@ def test_of_newbies_encoders_gemma_alone_is_quantised_and_jinas_adapters_are_mer
         shutil.rmtree(folder / name)
 
 
+def test_the_second_feed_forward_layer_of_t5_stays_whole(folder: Path) -> None:
+    shapes = {"encoder.block.0.layer.1.DenseReluDense.wi_0.weight": (64, 64)}
+    wo = {"encoder.block.0.layer.1.DenseReluDense.wo.weight": (64, 64)}
+    write_safetensors(folder / "text_encoder" / "model.safetensors", shapes | wo)
+    needs = needs_of(big(quantise={"encoder": "nf4"}), folder, dtype="bfloat16", batch=1)
+    assert in_bytes(needs.encoder_gib) == 64 * 64 * 4.5 / 8 + 64 * 64 * 2
+
+
 def test_streaming_has_two_blocks_on_the_device_and_what_lies_outside_of_blocks(folder: Path) -> None:
     needs = needs_of(big(), folder, dtype="bfloat16", batch=1)
     assert in_bytes(needs.encoder_streamed_gib) == (64 * 32 + 2 * 64 * 64 + 32) * 2

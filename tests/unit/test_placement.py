@@ -173,7 +173,7 @@ def test_the_nearest_is_a_smaller_batch_a_smaller_size_or_a_smaller_encoder(
 
 def test_an_accelerated_model_that_would_fit_block_by_block_without_is_told_so() -> None:
     needs = replace(Z_IMAGE, denoiser_streamed_gib=None, plain_streamed_gib=1.2)
-    without = "the card without compile and first_block_cache, whose blocks then come one by one"
+    without = "the card without compile or first_block_cache, whose blocks then come one by one"
     assert f"nearest that fits: {without}" in refusal(needs, gpu(12))
     assert without not in refusal(replace(needs, plain_streamed_gib=11.0), gpu(12))
 

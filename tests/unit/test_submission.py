@@ -448,13 +448,14 @@ def test_the_speed_of_a_pool_of_several_kinds_is_what_they_come_to_side_by_side(
     bench.measure(0.5)
     profile = bench.ledger.profile("shapes", "a CPU")
     assert profile is not None
-    request = replace(bench.request(HEAD + "prompts: [one]\n"), device="slow", others=("a CPU", "a CPU"))
+    request = replace(bench.request(HEAD + "prompts: [one]\n"), device="slow", others=("a CPU", "a CPU"), renderers=3)
     alone = speed_of(request, bench.ledger)  # nothing is known of the slow one
     assert (alone.seconds_per_image, alone.source) == (0.5, "estimated")
     bench.ledger.put_profile(profile.model_copy(update={"device": "slow", "seconds_per_image": 2.0}))
     whole = speed_of(request, bench.ledger)
     assert (whole.seconds_per_image, whole.source) == (pytest.approx(3 / (1 / 2.0 + 2 / 0.5)), "measured")
     assert speed_of(replace(request, device="a CPU", others=("slow", "a CPU")), bench.ledger) == whole
+    assert speed_of(replace(request, renderers=1), bench.ledger).seconds_per_image == 2.0
 
 
 def test_the_speed_of_other_weights_is_an_estimate(bench: Bench) -> None:

@@ -307,3 +307,14 @@ def test_what_a_node_says_of_code_goes_before_who_started_the_renderer(
         monkeypatch.delenv("FARM_REMOTE_CODE")
     export(Settings() if given is None else Settings(remote_code=given))
     assert load_settings().remote_code == allowed
+
+
+def test_what_a_nodes_own_file_says_of_code_goes_before_who_started_the_renderer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FARM_REMOTE_CODE", "")  # so that it is put back
+    monkeypatch.delenv("FARM_REMOTE_CODE")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "farm.toml").write_text("remote_code = []\n")
+    export(Settings(remote_code=("0a" * 32,)))
+    assert load_settings().remote_code == ()
