@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from farm.bench.environment import environment
+from farm.bench.page import check_page, fill_page
 from farm.bench.plots import LINES, figure
 from farm.bench.precision import distance, with_stock_layers
 from farm.bench.quality import drawn, judged, specs_of
@@ -212,9 +213,6 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
 
 def write_page(path: Path, rows: Sequence[Row], kernels: Sequence[Row]) -> None:
     """Put the tables and what they were measured on below the page's mark, and the plot beside the page."""
-    text, mark, _ = path.read_text(encoding="utf-8").partition(FIGURES)
-    if not mark:
-        raise SystemExit(f"{path}: has no line {FIGURES!r}, below which the figures go; put it back")
     about = environment()
     whole = [row for row in rows if row.way == REFERENCE]
     taken = ", ".join(f"{row.steps} steps {1000 * row.seconds_per_image:.0f} ms" for row in whole)
@@ -225,9 +223,7 @@ def write_page(path: Path, rows: Sequence[Row], kernels: Sequence[Row]) -> None:
     )
     image = f"![PSNR by passes through blocks and by time]({PLOT})"
     beside = f"Attention kernels, over the layers of diffusers at {kernels[0].steps} steps:"
-    path.write_text(
-        f"{text}{mark}\n\n{said}\n\n{table(rows)}\n\n{image}\n\n{beside}\n\n{table(kernels)}\n", encoding="utf-8"
-    )
+    fill_page(path, FIGURES, said, table(rows), image, beside, table(kernels))
     plot(path.with_name(PLOT), rows)
 
 
@@ -238,8 +234,8 @@ def main() -> None:
     given = arguments.parse_args()
     if given.prompts < 1:
         arguments.error(f"--prompts must be 1 or more, got {given.prompts}")
-    if given.page and FIGURES not in (given.page.read_text(encoding="utf-8") if given.page.is_file() else ""):
-        arguments.error(f"--page {given.page}: no file with the line {FIGURES!r}, below which the figures go")
+    if given.page:
+        check_page(given.page, FIGURES)
     rows, kernels = measure(prompts=given.prompts)
     print(table(rows), table(kernels), sep="\n\n")
     if given.page:

@@ -24,6 +24,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from farm.bench.environment import environment
+from farm.bench.page import fill_page
 from farm.bitmap import Bitmap
 from farm.dispatch import Dispatch
 from farm.lease import Ask, Beat, Completion, Drop, Hello, Lease, Report
@@ -322,13 +323,10 @@ FIGURES = "<!-- figures: python -m farm.bench.dispatching --page infra/bench/dis
 
 def write_page(path: Path, rows: list[Measured]) -> None:
     """Put the table and what it was measured on below the page's mark, and the plots beside the page."""
-    text, mark, _ = path.read_text(encoding="utf-8").partition(FIGURES)
-    if not mark:
-        raise SystemExit(f"{path}: has no line {FIGURES!r}, below which the figures go; put it back")
     about = environment()
     on = f"{about['date']}, {about['processor']}, one of {about['cores']} cores, Python {about['python']}."
     plots = "\n".join(f"![{title}](dispatch-{name}.svg)" for name, title in PLOTS.items())
-    path.write_text(f"{text}{mark}\n\n{on}\n\n{table(rows)}\n\n{plots}\n", encoding="utf-8")
+    fill_page(path, FIGURES, on, table(rows), plots)
     plot(rows, path.parent)
 
 

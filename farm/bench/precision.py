@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from farm.bench.environment import environment
+from farm.bench.page import check_page, fill_page
 from farm.bench.quality import BATCH, drawn, judged, specs_of
 from farm.cardparts import Acceleration, Denoiser
 from farm.devices import local_device, numerics_for
@@ -243,16 +244,13 @@ def table(rows: Sequence[Row]) -> str:
 
 def write_page(path: Path, rows: Sequence[Row]) -> None:
     """Put the table and what it was measured on below the page's mark."""
-    text, mark, _ = path.read_text(encoding="utf-8").partition(FIGURES)
-    if not mark:
-        raise SystemExit(f"{path}: has no line {FIGURES!r}, below which the figures go; put it back")
     about: dict[str, Any] = dict(environment())
     said = (
         f"{about['date']}, {about['processor']}, {about['cores']} cores, Python {about['python']}, torch {about['torch']}, "
         f"diffusers {about['diffusers']}. {rows[0].of} prompts, seeds from 0, batches of {BATCH}, one thread, 64×64, the card's "
         f"8 steps and guidance 2. {1000 * rows[0].seconds_per_image:.0f} ms an image in float32."
     )
-    path.write_text(f"{text}{mark}\n\n{said}\n\n{table(rows)}\n", encoding="utf-8")
+    fill_page(path, FIGURES, said, table(rows))
 
 
 def main() -> None:
@@ -264,8 +262,8 @@ def main() -> None:
     given = arguments.parse_args()
     if given.prompts < 1:
         arguments.error(f"--prompts must be 1 or more, got {given.prompts}")
-    if given.page and FIGURES not in (given.page.read_text(encoding="utf-8") if given.page.is_file() else ""):
-        arguments.error(f"--page {given.page}: no file with the line {FIGURES!r}, below which the figures go")
+    if given.page:
+        check_page(given.page, FIGURES)
     rows = measure(prompts=given.prompts)
     print(table(rows))
     if given.page:

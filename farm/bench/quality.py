@@ -22,6 +22,7 @@ from PIL import Image
 
 from farm.bench.environment import environment
 from farm.bench.figures import wilson
+from farm.bench.page import check_page, fill_page
 from farm.bench.plots import LINES, figure
 from farm.devices import DeviceInfo, local_device, numerics_for
 from farm.engine import Engine, Picture
@@ -180,9 +181,6 @@ def plot(path: Path, rows: Sequence[Setting], *, ceiling: float) -> None:
 
 def write_page(path: Path, rows: Sequence[Setting], *, ceiling: float) -> None:
     """Put the table and what it was measured on below the page's mark, and the plot beside the page."""
-    text, mark, _ = path.read_text(encoding="utf-8").partition(FIGURES)
-    if not mark:
-        raise SystemExit(f"{path}: has no line {FIGURES!r}, below which the figures go; put it back")
     about = environment()
     said = (
         f"{about['date']}, {about['processor']}, {about['cores']} cores, Python {about['python']}, torch {about['torch']}, "
@@ -190,7 +188,7 @@ def write_page(path: Path, rows: Sequence[Setting], *, ceiling: float) -> None:
         f"The judge finds {100 * ceiling:.1f} % of {JUDGED_DRAWINGS:,} drawings right."
     )
     image = f"![Share of right pictures by steps and by time]({PLOT})"
-    path.write_text(f"{text}{mark}\n\n{said}\n\n{table(rows)}\n\n{image}\n", encoding="utf-8")
+    fill_page(path, FIGURES, said, table(rows), image)
     plot(path.with_name(PLOT), rows, ceiling=ceiling)
 
 
@@ -203,6 +201,8 @@ def main() -> None:
     arguments.add_argument("--guidance", type=float, nargs="+", default=GUIDANCE)
     arguments.add_argument("--page", type=Path, help="page to put the figures into, and the plot beside it")
     given = arguments.parse_args()
+    if given.page:
+        check_page(given.page, FIGURES)
     rows = measure(prompts=given.prompts, steps=given.steps, guidance=given.guidance)
     ceiling = judge_drawings(JUDGED_DRAWINGS)["everything"]
     print(table(rows))
