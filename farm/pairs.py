@@ -55,7 +55,8 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the two. `seconds`: of an image, the median; `peak_gib`: the most of a benchmark of the same model and device."""
+    """One of the two. `seconds`: of an image, the median; `peak_gib`: the most held, which of a job nobody measured: it is that
+    of the newest benchmark of its model on its device."""
 
     name: str
     kind: str

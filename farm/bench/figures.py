@@ -152,9 +152,11 @@ class Measured:
         return [one for one in self.drawn if one.part == part]
 
     def warm(self) -> list[Drawn]:
-        """The rounds' pictures without those of the first round, where there are more."""
+        """The rounds' pictures without the first round and without the first picture of each other, where there are more."""
         rounds = self.of("round")
-        return [one for one in rounds if one.number > 1] or rounds
+        later = [one for one in rounds if one.number > 1] or rounds
+        first = {one.number: one for one in reversed(later)}
+        return [one for one in later if one is not first[one.number]] or later
 
     def by_steps(self) -> dict[int, list[Drawn]]:
         """The pictures of the sweep over steps, by steps."""

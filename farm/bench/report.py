@@ -149,7 +149,7 @@ def report(setup: Setup, measured: Measured, ways: Sequence[Way] = ()) -> str:
         cold_table(measured),
         "## One picture after another",
         f"Median and spread of {len(measured.warm())} pictures, batch 1: {setup.rounds} rounds of {setup.images}"
-        f"{', without the first round' if setup.rounds > 1 else ''}; each prompt is encoded anew.",
+        f"{_dropped(setup)}; each prompt is encoded anew.",
         warm_table(measured),
         f"As a job draws, in batches of {job.batch}, prompts {_encoded(measured)}: {three_digits(job.seconds_per_image)} s "
         f"an image, {three_digits(job.step_s)} s of it a step, {three_digits(job.decode_s)} s decoding; a prompt takes "
@@ -303,6 +303,12 @@ def _setup_table(setup: Setup, job: Point) -> str:
 def _encoded(measured: Measured) -> str:
     inside = all(one.encode_s for one in measured.of("job"))
     return "encoded with each batch" if inside else "encoded ahead"
+
+
+def _dropped(setup: Setup) -> str:
+    dropped = ["the first round"] if setup.rounds > 1 else []
+    dropped += ["the first picture of each"] if setup.images > 1 else []
+    return f", without {' and '.join(dropped)}" if dropped else ""
 
 
 def _coming(job: Point) -> str:

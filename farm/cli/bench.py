@@ -52,7 +52,10 @@ def bench(
     preset: Annotated[str | None, typer.Option("--preset", metavar="NAME", help="A preset of the card.")] = None,
     images: Annotated[int, typer.Option("--images", metavar="N", help=f"Pictures a round, {MOST_IMAGES} at most.")] = 5,
     rounds: Annotated[
-        int, typer.Option("--rounds", metavar="N", help=f"The first one warms up; {MOST_ROUNDS} at most.")
+        int,
+        typer.Option(
+            "--rounds", metavar="N", help=f"The first, and each one's first picture, warm up; {MOST_ROUNDS} at most."
+        ),
     ] = 3,
     steps: Annotated[
         str | None, typer.Option("--steps", metavar="N,N", help="Draw the same pictures with so many steps too.")

@@ -76,7 +76,7 @@ def _show(found: "SideBySide") -> None:
         say(f"  differs     {change}")
     if found.a.seconds and found.b.seconds:
         say(f"  seconds     B takes {found.b.seconds / found.a.seconds:.2f} times as long as A")
-    if found.a.peak_gib and found.b.peak_gib:
+    if found.a.peak_gib and found.b.peak_gib and "job" not in (found.a.kind, found.b.kind):
         say(f"  memory      B holds {found.b.peak_gib - found.a.peak_gib:+.2f} GiB against A")
     looked = f", {len(found.pairs):,} of them looked at" if len(found.pairs) < found.paired else ""
     say(f"  pictures    {count(found.paired, 'pair')}{looked}, {record['identical']:,} of equal pixels")
@@ -100,7 +100,7 @@ def _facts(side: "Side") -> list[str]:
     if side.gpu_seconds is not None:
         said.append(f"{duration(side.gpu_seconds)} in all on {', '.join(side.devices)}")
     if side.peak_gib is not None:
-        said.append(f"{side.peak_gib:.2f} GiB at most")
+        said.append(f"{side.peak_gib:.2f} GiB at most{', as its model was benchmarked' if side.kind == 'job' else ''}")
     return said
 
 

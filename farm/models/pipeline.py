@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import nn
 
-from farm.errors import ModelCardError, PlacementError
+from farm.errors import ModelCardError, PlacementError, RenderError
 from farm.modelcard import ModelCard, RenderParams
 from farm.models.diffusion import DiffusionFamily, Modules, sound
 from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
@@ -32,6 +32,7 @@ LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 MODELS = (diffusers.ModelMixin, transformers.PreTrainedModel)
 """What a part of a card's code is one of, unless it is a scheduler: its weights are then read as any other's."""
 DENOISERS = ("transformer", "unet")
+TRUE_CFG = "true_cfg_scale"
 NEEDED = ("prompt", "width", "height", "num_inference_steps", "generator", "output_type")
 """Arguments that a pipeline must take."""
 OURS = (*NEEDED, "negative_prompt", "guidance_scale", "num_images_per_prompt", "return_dict")
@@ -113,6 +114,12 @@ class PipelineFamily(DiffusionFamily):
             own["vae"].enable_slicing()  # pictures are decoded one by one
         pipeline.set_progress_bar_config(disable=True)
         self._takes = _arguments(card, pipeline)
+        self._guidance = _guidance(self._takes - card.options.keys(), own[denoiser])
+        if self._guidance is None and card.defaults.guidance_scale > 0:
+            raise ModelCardError(
+                f"model {card.name}: {kind.__name__} takes no guidance, and the card's defaults have some; give them a "
+                "guidance_scale of 0, and what else it takes as options"
+            )
         self._pipeline = pipeline
         self._tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
         rest = [part for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
@@ -131,8 +138,9 @@ class PipelineFamily(DiffusionFamily):
         return "nothing"
 
     def guided(self, params: RenderParams) -> bool:
-        """Where the pipeline takes a negative prompt; from which scale on it uses it is its own."""
-        return "negative_prompt" in self._takes and params.guidance_scale > 0
+        """Where the pipeline takes a negative prompt. A true CFG is one above 1; above what others use it is their own."""
+        above = 1.0 if self._guidance == TRUE_CFG else 0.0
+        return "negative_prompt" in self._takes and params.guidance_scale > above
 
     def tokenize(self, prompt: str) -> Words:
         """Measure a prompt; the pipeline cuts it itself."""
@@ -188,8 +196,12 @@ class PipelineFamily(DiffusionFamily):
         }
         if negative:
             given["negative_prompt"] = [embedding.states for embedding in negative]
-        if "guidance_scale" in self._takes:
-            given["guidance_scale"] = params.guidance_scale
+        if self._guidance is not None:
+            given[self._guidance] = params.guidance_scale
+        elif params.guidance_scale > 0:
+            raise RenderError(
+                f"{type(pipeline).__name__} takes no guidance, got guidance_scale {params.guidance_scale:g}; give 0"
+            )
         if "max_sequence_length" in self._takes:
             given["max_sequence_length"] = self._card.max_sequence_length
         if "callback_on_step_end" in self._takes:
@@ -270,6 +282,17 @@ def _reading(index: Index) -> Any:
         (index.kind,),
         {"load_config": classmethod(load_config), "__module__": index.kind.__module__},
     )
+
+
+def _guidance(takes: frozenset[str], denoiser: Any) -> str | None:
+    """Return which of a pipeline's arguments is the guidance, None where none is.
+
+    Of a model that was distilled to be told its guidance (`guidance_embeds`) `guidance_scale` is that, and a true CFG costs
+    another pass; of others that have a true CFG it is the only one, and `guidance_scale` is passed over.
+    """
+    told = bool(getattr(denoiser.config, "guidance_embeds", False))
+    names = ("guidance_scale", "distilled_guidance_scale", TRUE_CFG) if told else (TRUE_CFG, "guidance_scale")
+    return next((name for name in names if name in takes), None)
 
 
 def _arguments(card: ModelCard, pipeline: Any) -> frozenset[str]:

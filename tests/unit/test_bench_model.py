@@ -138,7 +138,7 @@ def test_a_benchmark_draws_a_cold_picture_rounds_and_batches_as_a_job() -> None:
     found = measured(family)
     assert family.denoised == [(0,), (0,), (1,), (0,), (1,), (0, 1), (2, 3), (4, 5)]
     assert [one.number for one in found.of("round")] == [1, 1, 2, 2]
-    assert [one.number for one in found.warm()] == [2, 2]
+    assert found.warm() == found.of("round")[3:]
     assert found.cold.start_s == 1.5
     assert found.cold.seconds > 1.5
     assert (found.job.batch, found.job.batches, found.job.failed) == (2, 2, None)
@@ -156,8 +156,12 @@ def test_guidance_that_begins_above_1_is_found() -> None:
     assert measured(family).guided_above is None
 
 
-def test_one_round_is_not_dropped() -> None:
-    assert len(measured(rounds=1).warm()) == 2
+def test_one_round_is_not_dropped_nor_is_its_one_picture() -> None:
+    one = measured(rounds=1)
+    assert one.warm() == one.of("round")[1:]
+    assert len(measured(rounds=1, images=1).warm()) == 1
+    three = measured(rounds=3, images=3)
+    assert three.warm() == [*three.of("round")[4:6], *three.of("round")[7:9]]
 
 
 def test_sweeps_draw_the_same_seeds_with_other_steps_sizes_and_batches() -> None:
@@ -376,7 +380,10 @@ def test_the_report_has_every_table() -> None:
     assert "| 4 | 1 | 5.50 | 1.00 | 1.00× |\n| 8 | 1 | 5.50 | 0.500 | 1.00× |" in text
     assert "| 1024×1024 | 2 | 4.30 | 0.500 | 0.200 | 0.00 |" in text
     assert "| 512×512 | 2 | no memory left | | | |" in text
-    assert "Median and spread of 2 pictures" in text
+    assert (
+        "Median and spread of 1 pictures, batch 1: 2 rounds of 2, without the first round and the first picture of each; "
+        in text
+    )
     assert "Negative prompt: `blurry`" in text
 
 

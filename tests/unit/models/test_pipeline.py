@@ -13,11 +13,12 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from farm.cardparts import Scheduler
 from farm.engine import Engine, Picture
-from farm.errors import ModelCardError, PlacementError
+from farm.errors import ModelCardError, PlacementError, RenderError
 from farm.models.pipeline import PipelineFamily
 from farm.plan import ImageSpec
 from tests.drawing import card, numerics, spec
 from tests.tiny_pipelines import write_tiny_lumina, write_tiny_stable_diffusion
+from tests.tiny_qwen import write_tiny_qwen
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +189,42 @@ def test_a_pipeline_without_steps_to_follow_is_refused(unet: Path, monkeypatch: 
     assert caught.value.message == (
         "model sketch: Deaf takes no callback_on_step_end, so it cannot be rendered with; choose another model"
     )
+
+
+def test_guidance_is_the_true_cfg_of_a_pipeline_that_passes_over_any_other(tmp_path: Path) -> None:
+    folder = write_tiny_qwen(tmp_path)
+
+    def drawn(guidance: float, negative: str = "black", **options: Any) -> np.ndarray:
+        family = loaded(folder, options=options)
+        return rendered(family, [spec(0, guidance_scale=guidance, negative_prompt=negative)])[0].pixels
+
+    four = drawn(4.0)
+    assert not np.array_equal(four, drawn(9.0))
+    assert not np.array_equal(four, drawn(4.0, "white fog"))
+    assert np.array_equal(drawn(1.0), drawn(1.0, "white fog"))
+    assert np.array_equal(drawn(9.0, true_cfg_scale=4.0), drawn(1.0, true_cfg_scale=4.0))  # the card's word
+
+
+def test_guidance_that_a_pipeline_does_not_take_is_refused(unet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(
+        self: Any,
+        prompt: Any,
+        width: int,
+        height: int,
+        num_inference_steps: int,
+        generator: Any,
+        output_type: str,
+        callback_on_step_end: Any = None,
+        return_dict: bool = True,
+    ) -> None:
+        raise AssertionError("it is not called")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", call)
+    plain = card(unet).defaults.model_copy(update={"guidance_scale": 0.0})
+    family = loaded(unet, defaults=plain)
+    with pytest.raises(RenderError, match="StableDiffusionPipeline takes no guidance, got guidance_scale 4; give 0"):
+        rendered(family, [spec(0, guidance_scale=4.0)])
+    with pytest.raises(
+        ModelCardError, match="takes no guidance, and the card's defaults have some; give them a guidance_scale of 0"
+    ):
+        loaded(unet, defaults=plain.model_copy(update={"guidance_scale": 4.0}))
