@@ -127,6 +127,8 @@ def _show(request: "Request", found: "Draft", placements: "tuple[Fit, ...] | Non
     for change in found.changes:
         say(f"             {change}")
     say(f"  model      {plan.card.name}: {plan.card.title}")
+    if weights := _weights(plan):
+        say(f"             {weights}")
     points = f" × {count(len(plan.sweep), 'sweep point')}" if len(plan.sweep) > 1 else ""
     say(f"  images     {count(plan.prompts.rows, 'prompt')}{points} × {count(plan.seeds.count, 'seed')}")
     say("  sizes      " + ", ".join(f"{w}×{h}: {images:,}" for (w, h), images in found.sizes.items()))
@@ -153,6 +155,18 @@ def _show(request: "Request", found: "Draft", placements: "tuple[Fit, ...] | Non
             say(f"             {spec.index:5} {spec.seed:10}  {cut(spec.prompt, 100)}{swept}")
     if found.state == "changed":
         note("give the manifest a new name, or put the old values back")
+
+
+def _quantised(plan: "Plan") -> dict[str, str]:
+    """Parts that are quantised as they load, and how: on a GPU alone."""
+    return {} if plan.numerics.device == "cpu" else {str(part): how for part, how in plan.card.quantise.items()}
+
+
+def _weights(plan: "Plan") -> str:
+    """The denoiser's own file, and what is quantised; empty where the model is as its source has it."""
+    own = [f"denoiser from {plan.card.denoiser.file}"] if plan.card.denoiser else []
+    called = {"encoder": "text encoder"}
+    return ", ".join((*own, *(f"{called.get(part, part)} as {how}" for part, how in _quantised(plan).items())))
 
 
 def _placement_lines(plan: "Plan", placements: "tuple[Fit, ...] | None") -> list[str]:
@@ -266,6 +280,8 @@ def _record(request: "Request", found: "Draft") -> dict[str, Any]:
         "state": found.state,
         "changes": list(found.changes),
         "model": plan.card.name,
+        "denoiser_file": plan.card.denoiser.file if plan.card.denoiser else None,
+        "quantised": _quantised(plan),
         "images": plan.images,
         "prompts": plan.prompts.rows,
         "sweep_points": len(plan.sweep),

@@ -1,6 +1,8 @@
 import json
 import re
+import shutil
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -114,6 +116,20 @@ def test_plan_says_where_the_models_parts_lie(farm: Place) -> None:
 def test_a_budget_out_of_bounds_names_its_flag_and_its_limit(farm: Place, vram: str, said: str) -> None:
     ended = farm("plan", farm.manifest(model="sketch"), "--vram", vram)
     assert (ended.code, ended.error) == (2, f"--vram {said}: must be 1 GiB or more, and less than 10,000")
+
+
+def test_plan_names_the_denoisers_file_and_what_is_quantised(farm: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundled = Path(__file__).parents[3] / "manifests" / "models" / "qwen-image-2512.yaml"
+    shutil.copy(bundled, farm.folder / "cards")
+    monkeypatch.setattr("farm.fitting.are_here", lambda card, settings: False)
+    manifest = farm.manifest(model="qwen-image-2512")
+    shown = farm("plan", manifest, "--device", "RTX 4060 Ti:16").out
+    said = "denoiser from qwen-image-2512-Q4_K_M.gguf, text encoder as nf4"
+    assert f"  model      qwen-image-2512: Qwen-Image-2512, 20 B parameters\n             {said}\n" in shown
+    record = json.loads(farm("plan", manifest, "--device", "RTX 4060 Ti:16", "--json").out)
+    assert (record["denoiser_file"], record["quantised"]) == ("qwen-image-2512-Q4_K_M.gguf", {"encoder": "nf4"})
+    plain = json.loads(farm("plan", farm.manifest(), "--json").out)
+    assert (plain["denoiser_file"], plain["quantised"]) == (None, {})
 
 
 def test_plan_without_the_weights_says_how_to_get_them(farm: Place, monkeypatch: pytest.MonkeyPatch) -> None:
