@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from farm.devices import DeviceInfo, Gpu, HostMemory, default_renderers
 from farm.errors import PlacementError, SettingsError
+from farm.families import FAMILIES
 from farm.modelcard import ModelCard
 from farm.needs import GIB, files_of, measured_of, needs_of
 from farm.placement import DeviceLimits, Placement, Within, place
@@ -148,9 +149,10 @@ def _fit(
 
 def _variants(card: ModelCard) -> Iterator[tuple[str, ModelCard]]:
     """Cards that differ in how prompts are encoded, and what to write for each."""
-    if "encoder" not in card.quantise:
+    takes = FAMILIES[card.family]
+    if "encoder" in takes.quantise and "encoder" not in card.quantise:
         quantised = {**card.quantise, "encoder": "nf4"}
         yield "quantise: {encoder: nf4}", card.model_copy(update={"quantise": quantised})
-    if "encoder_on" not in card.options:
+    if "encoder_on" in takes.options and "encoder_on" not in card.options:
         on_cpu = {**card.options, "encoder_on": "cpu"}
         yield "options: {encoder_on: cpu}", card.model_copy(update={"options": on_cpu})

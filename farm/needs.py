@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from farm.errors import ModelCardError
+from farm.families import FAMILIES
 from farm.modelcard import ModelCard, RenderParams
-from farm.placement import ENCODE_GIB, Needs
+from farm.placement import ENCODE_GIB, GGUF_STEP_GIB, Needs
 from farm.plan import Numerics, drawing_identity
 from farm.records import Profile, WorkingMemory
 from farm.settings import Settings
@@ -89,8 +90,6 @@ Steps: Z-Image 0.13 and 0.48, 1.05 for 8 at 512x512; Qwen-Image 0.10 and 0.37; N
 0.38, 1.50 and 2.52 at 1328x1328; Qwen's, folded for one frame, 1.51. Other pipelines (`diffusers`): estimates, the
 largest of these and more. A first-block cache, by its shapes: three tensors of all tokens, and two of Qwen-Image's other pass.
 """
-GGUF_STEP_GIB = 0.4
-"""A GGUF denoiser dequantises a layer at a time; an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +123,7 @@ def needs_of(
     if quantise is None:
         quantise = card.quantise if device != "cpu" else {}
     parts = _parts(card, folder, files or {}, dtype=dtype, quantise=quantise)
+    takes = FAMILIES[card.family]
     accelerated = card.accelerated_on("cpu" if device == "cpu" else "cuda")
     cached = accelerated.first_block_cache is not None
     whole_blocks = accelerated.compile or cached  # they do not come and go
@@ -159,12 +159,18 @@ def needs_of(
         denoiser_streamed_gib=None if whole_blocks else streamed_gib,
         plain_streamed_gib=streamed_gib if whole_blocks else None,
         encoder_on_cpu=card.options.get("encoder_on") == "cpu",
+        encoder_moves="encoder_on" in takes.options,
         batch=batch,
         pixels=pixels,
+        limit_pixels=None if params else limit,
+        fixed_step_gib=gguf_gib,
         measured=measured is not None,
         denoiser_q4_gib=None
-        if gguf or "denoiser" in quantise
+        if gguf or "denoiser" in quantise or "gguf" not in takes.denoiser
         else sum(tensor.elements for tensor in parts["denoiser"]) * Q4_BITS / 8 / GIB,
+        encoder_q4_gib=None
+        if "encoder" in quantise or "encoder" not in takes.quantise
+        else _gib(_encoder(card, folder, ITEM_BYTES[dtype], "nf4")),
     )
 
 
@@ -249,13 +255,7 @@ def _parts(
     def heads(part: str) -> list[TensorHead]:
         return [head for name in folders[part] for head in _folder_heads(card, folder / name)]
 
-    encoder: list[Sized] = []
-    for name in folders["encoder"]:
-        given = _folder_heads(card, folder / name)
-        if card.family in PARTS:
-            given = tuple(head for head in given if not (NOT_LOADED | MERGED) & set(head.name.split(".")))
-        whole = name in NOT_QUANTISED.get(card.family, ())
-        encoder += _sized(given, itemsize, None if whole else quantise.get("encoder"), whole=KEPT_WHOLE)
+    encoder = _encoder(card, folder, itemsize, quantise.get("encoder"))
     own = files.get("denoiser")
     read = heads("denoiser") if own is None else read_heads(card.name, own)
     if own is not None and own.suffix == ".gguf":
@@ -273,6 +273,17 @@ def _parts(
         "denoiser": denoiser,
         "decoder": _sized(decoder, itemsize, None),
     }
+
+
+def _encoder(card: ModelCard, folder: Path, itemsize: int, how: str | None) -> list[Sized]:
+    encoder: list[Sized] = []
+    for name in folders_of(card, folder)["encoder"]:
+        given = _folder_heads(card, folder / name)
+        if card.family in PARTS:
+            given = tuple(head for head in given if not (NOT_LOADED | MERGED) & set(head.name.split(".")))
+        whole = name in NOT_QUANTISED.get(card.family, ())
+        encoder += _sized(given, itemsize, None if whole else how, whole=KEPT_WHOLE)
+    return encoder
 
 
 def _folded(head: TensorHead) -> TensorHead:

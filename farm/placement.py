@@ -17,6 +17,8 @@ SLACK_GIB = 0.1
 """Of what torch's allocator may reserve, left for fragments, which are few with expandable segments; an estimate."""
 ENCODE_GIB = 0.25
 """Room for one prompt's activations in a text encoder; an estimate."""
+GGUF_STEP_GIB = 0.4
+"""A GGUF denoiser dequantises a layer at a time, whatever the size of a picture; an estimate."""
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which bfloat16 is native; `torch.cuda.is_bf16_supported()` counts emulation too."""
 HOST_SHARE = 0.85
@@ -80,8 +82,10 @@ class Needs:
     `inner_step_gib`, `inner_decode_gib`: of an urgent image within a step, `kept_gib`: of the batch meanwhile.
     `encoder_streamed_gib`, `denoiser_streamed_gib`: what of a part is on the device at once where it comes block by block, None
     where it cannot; `plain_streamed_gib`: the same of a denoiser that cannot for its acceleration alone. `encoder_on_cpu`:
-    the card has prompts encoded in main memory. `pixels`: of one picture of the batch. `denoiser_q4_gib`: the denoiser's size as
-    Q4_K_M, None where it is quantised. `measured`: working sets are, by `farm bench` on such a device.
+    the card has prompts encoded in main memory; `encoder_moves`: it could. `pixels`: of one picture of the batch;
+    `limit_pixels`: of the card's largest, where a decode is counted at that, and None where at `pixels`. `fixed_step_gib`: of a
+    step, what does not grow with pictures. `denoiser_q4_gib`, `encoder_q4_gib`: what they would take as Q4_K_M and as nf4, None
+    where they are quantised or cannot be. `measured`: working sets are, by `farm bench` on such a device.
     """
 
     encoder_gib: float
@@ -97,9 +101,13 @@ class Needs:
     denoiser_streamed_gib: float | None = None
     plain_streamed_gib: float | None = None
     encoder_on_cpu: bool = False
+    encoder_moves: bool = False
     batch: int = 1
     pixels: int | None = None
+    limit_pixels: int | None = None
+    fixed_step_gib: float = 0.0
     denoiser_q4_gib: float | None = None
+    encoder_q4_gib: float | None = None
     measured: bool = False
 
     @property
@@ -127,6 +135,23 @@ class Needs:
         """The worst moment when one part at a time is on the device."""
         encode_gib = 0.0 if self.encoder_on_cpu else self.encoder_gib + self.encode_gib
         return max(encode_gib, self.denoiser_gib + self.step_gib, self.decoder_gib + self.decode_gib)
+
+    @property
+    def least_gib(self) -> float:
+        """The worst moment in the layout that takes the least."""
+        return min(placement.peak_gib for placement in _layouts(self, 0.0))
+
+    def in_batches_of(self, batch: int) -> "Needs":
+        """The same with fewer pictures at once."""
+        grows_gib = (self.step_gib - self.fixed_step_gib) * batch / self.batch
+        return replace(self, batch=batch, step_gib=self.fixed_step_gib + grows_gib)
+
+    def at_most(self, pixels: int) -> "Needs":
+        """The same with smaller pictures, where `pixels` is known."""
+        given = self.pixels or pixels
+        grows_gib = (self.step_gib - self.fixed_step_gib) * min(1.0, pixels / given)
+        decode_gib = self.decode_gib * min(1.0, pixels / (self.limit_pixels or given))
+        return replace(self, step_gib=self.fixed_step_gib + grows_gib, decode_gib=decode_gib)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +271,9 @@ def _layout(
     reserves = inner_gib is not None and inner_gib <= usable - SLACK_GIB
     peak_gib = max(peak_gib, inner_gib) if inner_gib is not None and reserves else peak_gib
     how = " as measured" if n.measured else ""
-    reason = f"{what}, decode {n.decode_gib:.1f} GiB, batch {n.batch}, {peak_gib:.1f} of {usable:.1f} GiB{how}"
+    at = f" at the card's limit of {n.limit_pixels:,} pixels" if n.limit_pixels else ""
+    at = f" and steps{at}" if at and n.batch > 1 else at
+    reason = f"{what}, decode {n.decode_gib:.1f} GiB{at}, batch {n.batch}, {peak_gib:.1f} of {usable:.1f} GiB{how}"
     encode, denoise, decode = stages
     return Placement(layout, encode, denoise, decode, peak_gib, reason, streamed, on_cpu, reserves)
 
@@ -275,35 +302,49 @@ def _host_refusal(model: str, gib: float, device: DeviceLimits) -> str:
 
 def _refusal(model: str, n: Needs, device: DeviceLimits) -> str:
     room = device.room_gib
-    worst = n.largest_part_gib
-    streams = "" if n.denoiser_streamed_gib is None else f", {n.denoiser_streamed_gib:.1f} block by block"
+    encoder, denoiser = (
+        "" if gib is None else f", {gib:.1f} block by block"
+        for gib in (None if n.encoder_on_cpu else n.encoder_streamed_gib, n.denoiser_streamed_gib)
+    )
     return (
-        f"model {model} does not fit {device.name}: its largest phase needs {worst:.1f} GiB (text encoder "
-        f"{n.encoder_gib:.1f}, denoiser {n.denoiser_gib:.1f}{streams} + {n.step_gib:.1f} a step of batch {n.batch}, decoder "
-        f"{n.decoder_gib:.1f} + {n.decode_gib:.1f} a decode) and {room:.1f} GiB may be used; {_nearest(n, room)}"
+        f"model {model} does not fit {device.name}: its largest phase needs {n.least_gib:.1f} GiB (text encoder "
+        f"{n.encoder_gib:.1f}{encoder}, denoiser {n.denoiser_gib:.1f}{denoiser} + {n.step_gib:.1f} a step of batch {n.batch}, "
+        f"decoder {n.decoder_gib:.1f} + {n.decode_gib:.1f} a decode) and {max(room, 0.0):.1f} GiB may be used; "
+        f"nearest that fits: {', or '.join(_nearest(n, room))}"
     )
 
 
-def _nearest(n: Needs, given: float) -> str:
-    """What would fit, the least change first."""
-    nearest: list[str] = []
-    denoiser = min(n.denoiser_gib, n.denoiser_streamed_gib or n.denoiser_gib)
-    each = n.step_gib / n.batch
-    encoder = min(n.encoder_gib, n.encoder_streamed_gib or n.encoder_gib) + n.encode_gib
-    rest_fits = n.encoder_on_cpu or encoder <= given
-    decode_fits = n.decoder_gib + n.decode_gib <= given
-    if rest_fits and decode_fits and n.batch > 1 and each and denoiser + each <= given:
-        nearest.append(f"a batch of {int((given - denoiser) / each)}")
-    room = min((given - denoiser) / n.step_gib if n.step_gib else 1.0, (given - n.decoder_gib) / (n.decode_gib or 1.0))
-    if rest_fits and n.pixels and 0 < room < 1 and n.pixels * room >= SMALLEST_PX**2:
-        side = int((n.pixels * room) ** 0.5) // SMALLEST_PX * SMALLEST_PX
-        nearest.append(f"pictures of {side}x{side}")
-    if n.denoiser_q4_gib is not None and n.denoiser_q4_gib + n.step_gib <= given < n.denoiser_gib + n.step_gib:
-        nearest.append(f"a card with a GGUF denoiser (as Q4_K_M about {n.denoiser_q4_gib:.1f} GiB)")
-    if rest_fits and n.plain_streamed_gib is not None and n.plain_streamed_gib + n.step_gib <= given:
-        nearest.append("the card without compile or first_block_cache, whose blocks then come one by one")
-    if not rest_fits:
-        nearest.append("a card that quantises the text encoder")
-    needed = math.ceil((n.largest_part_gib + CONTEXT_GIB + SLACK_GIB) * 2) / 2
-    nearest.append(f"a GPU of {needed:g} GiB with FARM_VRAM_GIB={needed:g}")
-    return f"nearest that fits: {', or '.join(nearest)}"
+def _nearest(n: Needs, room: float) -> Iterator[str]:
+    """What would fit, the least change first: each change by itself, and a larger GPU."""
+    fewer = (batch for batch in range(n.batch - 1, 0, -1) if n.in_batches_of(batch).least_gib <= room)
+    if batch := next(fewer, None):
+        yield f"a batch of {batch}"
+    largest = math.isqrt(n.limit_pixels or n.pixels or 0) if n.pixels else 0
+    sides = range(largest // SMALLEST_PX * SMALLEST_PX, 0, -SMALLEST_PX)
+    if side := next((side for side in sides if n.at_most(side**2).least_gib <= room), None):
+        yield f"a card with limits: {{max_pixels: {side**2}}}" if n.limit_pixels else f"pictures of {side}x{side}"
+    changes: list[tuple[str, Needs]] = []
+    if n.plain_streamed_gib is not None:
+        without = "the card without compile or first_block_cache, whose blocks then come one by one"
+        changes.append((without, replace(n, denoiser_streamed_gib=n.plain_streamed_gib)))
+    if n.encoder_moves and not n.encoder_on_cpu:
+        changes.append(("a card with options: {encoder_on: cpu}", replace(n, encoder_on_cpu=True)))
+    if n.encoder_q4_gib is not None:
+        quantised = replace(n, encoder_gib=n.encoder_q4_gib, encoder_streamed_gib=None)
+        changes.append(("a card with quantise: {encoder: nf4}", quantised))
+    if n.denoiser_q4_gib is not None:
+        what = f"a card with a GGUF denoiser (as Q4_K_M about {n.denoiser_q4_gib:.1f} GiB)"
+        changes.append((what, _as_q4(n, n.denoiser_q4_gib)))
+    yield from (what for what, changed in changes if changed.least_gib <= room)
+    needed = math.ceil((n.least_gib + CONTEXT_GIB + SLACK_GIB) * 2) / 2
+    yield f"a GPU of {needed:g} GiB with FARM_VRAM_GIB={needed:g}"
+
+
+def _as_q4(n: Needs, gib: float) -> Needs:
+    streamed = n.denoiser_streamed_gib
+    return replace(
+        n,
+        denoiser_gib=gib,
+        denoiser_streamed_gib=None if streamed is None else streamed * gib / n.denoiser_gib,
+        step_gib=n.step_gib + GGUF_STEP_GIB,
+    )

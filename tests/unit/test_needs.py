@@ -76,6 +76,8 @@ def test_without_parameters_a_decode_and_urgent_images_count_at_the_cards_limits
     needs = needs_of(big(defaults=small, limits=SizeLimits(max_pixels=2**21)), folder, dtype="bfloat16", batch=1)
     assert (needs.step_gib, needs.decode_gib) == (0.53 / 4, 2 * 1.52)
     assert (needs.inner_step_gib, needs.inner_decode_gib) == (2 * 0.53, 2 * 1.52)
+    assert (needs.pixels, needs.limit_pixels) == (2**18, 2**21)
+    assert needs_of(big(), folder, dtype="bfloat16", batch=1, params=small).limit_pixels is None
 
 
 def test_without_parameters_a_step_of_several_pictures_counts_at_the_limits_and_with_guidance(folder: Path) -> None:
@@ -92,6 +94,8 @@ def test_quantising_shrinks_matrices_and_leaves_embeddings_and_norms(folder: Pat
     assert in_bytes(nf4.encoder_gib) == (64 * 32 + 32) * 2 + 3 * 64 * 64 * 4.5 / 8
     int8 = needs_of(big(quantise={"denoiser": "int8"}), folder, dtype="bfloat16", batch=1)
     assert in_bytes(int8.denoiser_gib) == (100 + 2 * 32 * 64) + 4 * (10 + 2 * 32)  # a scale for each row
+    plain = needs_of(big(), folder, dtype="bfloat16", batch=1)
+    assert (nf4.encoder_q4_gib, plain.encoder_q4_gib) == (None, nf4.encoder_gib)
     uneven = needs_of(big(quantise={"denoiser": "nf4"}), folder, dtype="bfloat16", batch=1)
     assert in_bytes(uneven.denoiser_gib) == 100 * 2 + 2 * 32 * 64 * 4.5 / 8  # rows of 10 are no whole blocks
     assert (nf4.encoder_streamed_gib, int8.denoiser_streamed_gib, int8.denoiser_q4_gib) == (None, None, None)
@@ -113,6 +117,7 @@ def test_of_newbies_encoders_gemma_alone_is_quantised_and_jinas_adapters_are_mer
         needs = needs_of(big("newbie", quantise={"encoder": "nf4"}), folder, dtype="bfloat16", batch=1)
         gemma = (64 * 32 + 32) * 2 + 3 * 64 * 64 * 4.5 / 8
         assert in_bytes(needs.encoder_gib) == gemma + (16 * 8 + 32 * 64) * 2
+        assert needs.denoiser_q4_gib is None  # the family reads no GGUF file
         shutil.rmtree(folder / name)
 
 
@@ -216,7 +221,7 @@ def test_a_gguf_denoiser_counts_as_its_bytes_and_dequantises_in_each_step(folder
     files = {"denoiser": write_gguf(tmp_path / "m.gguf")}
     needs = needs_of(big("qwen-image", denoiser=own), folder, dtype="bfloat16", batch=1, files=files)
     assert in_bytes(needs.denoiser_gib) == 4 * 36 + 24
-    assert (needs.step_gib, needs.denoiser_q4_gib) == (pytest.approx(0.4 + 0.4), None)
+    assert (needs.step_gib, needs.fixed_step_gib, needs.denoiser_q4_gib) == (pytest.approx(0.4 + 0.4), 0.4, None)
 
 
 def test_of_qwens_vae_only_the_folded_decoder_counts(folder: Path) -> None:
@@ -242,6 +247,7 @@ def test_a_vae_of_its_own_and_adapters_count_too(folder: Path, tmp_path: Path) -
 def test_an_encoder_on_the_cpu_is_the_cards_word(folder: Path) -> None:
     assert not needs_of(big(), folder, dtype="bfloat16", batch=1).encoder_on_cpu
     assert needs_of(big(options={"encoder_on": "cpu"}), folder, dtype="bfloat16", batch=1).encoder_on_cpu
+    assert needs_of(big(), folder, dtype="bfloat16", batch=1).encoder_moves
 
 
 def test_the_parts_of_any_other_pipeline_follow_from_its_index(folder: Path) -> None:
@@ -260,6 +266,7 @@ def test_the_parts_of_any_other_pipeline_follow_from_its_index(folder: Path) -> 
         "denoiser": ("transformer",),
         "decoder": ("vae",),
     }
+    assert not needs_of(some, folder, dtype="bfloat16", batch=1).encoder_moves
     assert in_bytes(needs_of(some, folder, dtype="bfloat16", batch=1).encoder_gib) == 2 * sum(
         a * b for a, b in ((64, 32), (192, 64), (32, 1), (64, 32), (64, 64))
     )

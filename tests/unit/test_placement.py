@@ -1,6 +1,7 @@
 """Placements by the measured sizes of real models (GiB in bfloat16)."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -159,16 +160,46 @@ def test_what_cannot_fit_is_refused_with_the_numbers_and_the_nearest_that_would(
         ({"batch": 8, "step_gib": 8 * 0.53}, "nearest that fits: a batch of 2, or"),
         ({"decode_gib": 9 * 1.52, "pixels": 9 * 2**20}, "nearest that fits: pictures of 2944x2944, or"),
         (
-            {"encoder_gib": 20.0, "encoder_streamed_gib": None},
-            "nearest that fits: a card that quantises the text encoder",
+            {"decode_gib": 9 * 1.52, "limit_pixels": 9 * 2**20},
+            f"nearest that fits: a card with limits: {{max_pixels: {2944**2}}}, or",
+        ),
+        ({"batch": 8, "step_gib": 0.9 + 8 * 0.53, "fixed_step_gib": 0.9}, "nearest that fits: a batch of 1, or"),
+        (
+            {"encoder_gib": 20.0, "encoder_streamed_gib": None, "encoder_q4_gib": 6.0, "encoder_moves": True},
+            "nearest that fits: a card with options: {encoder_on: cpu}, or a card with quantise: {encoder: nf4}, or",
+        ),
+        (
+            {"encoder_gib": 20.0, "encoder_streamed_gib": None, "encoder_q4_gib": 13.0},
+            "nearest that fits: a GPU of 21.5 GiB",
         ),
     ],
 )
 def test_the_nearest_is_a_smaller_batch_a_smaller_size_or_a_smaller_encoder(
-    changes: dict[str, float], nearest: str
+    changes: dict[str, Any], nearest: str
 ) -> None:
     needs = replace(Z_IMAGE, denoiser_streamed_gib=None, **changes)
     assert nearest in refusal(needs, gpu(14))
+
+
+def test_the_nearest_gpu_is_the_least_that_fits_in_any_layout() -> None:
+    needs = replace(QWEN_Q4, encoder_gib=4.43, denoiser_streamed_gib=0.6, encoder_moves=True)
+    said = refusal(needs, gpu(4))
+    assert said.endswith(
+        "2.9 GiB may be used; nearest that fits: a card with options: {encoder_on: cpu}, or a GPU of "
+        "6 GiB with FARM_VRAM_GIB=6"
+    )
+    assert "its largest phase needs 4.7 GiB (text encoder 4.4, denoiser 12.2, 0.6 block by block + 0.8 a step" in said
+    assert placed(needs, 6).layout == placed(replace(needs, encoder_on_cpu=True), 4).layout == "streamed"
+    with pytest.raises(PlacementError):
+        placed(needs, 5.5)
+    assert "and 0.0 GiB may be used; nearest that fits: a GPU of 6 GiB" in refusal(needs, gpu(0.5))
+
+
+def test_a_decode_at_the_cards_limit_is_said_to_be() -> None:
+    found = placed(replace(Z_IMAGE, limit_pixels=1_763_584), 16)
+    assert "decode 1.5 GiB at the card's limit of 1,763,584 pixels, batch 1, " in found.reason
+    several = placed(replace(Z_IMAGE, limit_pixels=1_763_584, batch=2), 16)
+    assert "decode 1.5 GiB and steps at the card's limit of 1,763,584 pixels, batch 2, " in several.reason
 
 
 def test_an_accelerated_model_that_would_fit_block_by_block_without_is_told_so() -> None:
