@@ -6,16 +6,14 @@ Knows nothing of Ray: whether a cluster has GPUs elsewhere is asked in `actors/c
 import os
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from farm.errors import PlacementError
 from farm.modelcard import ModelCard
 from farm.plan import Numerics
+from farm.versions import versions_for
 
-PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "pillow")
-"""What decides bytes: how prompts are cut, how pixels are computed, how they become a file."""
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which bfloat16 is native; torch's own check counts emulation as support."""
 
@@ -113,7 +111,7 @@ def numerics_for(card: ModelCard, *, device: DeviceInfo, renderers: int) -> Nume
         dtype=dtypes[0],
         batch=card.batch.get(device.kind, 1),
         threads=(card.cpu_threads or cores_each(device, renderers)) if device.kind == "cpu" else 1,
-        versions={package: version(package) for package in PACKAGES},
+        versions=versions_for(card, device.kind),
     )
 
 

@@ -8,7 +8,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +19,7 @@ from farm.models.family import Embedding, Family, Tokens, Within, open_family
 from farm.models.memory import Memory, memory_of
 from farm.plan import ImageSpec, Numerics
 from farm.records import WorkingMemory
+from farm.versions import installed, of_the_farm
 
 CACHE_BYTES = 512 * 2**20
 """Embeddings kept: some 1,000 prompts of Z-Image, a hundred thousand of sketch."""
@@ -134,15 +134,18 @@ def check_numerics(numerics: Numerics, *, device: str) -> None:
             f"the plan was made for {numerics.device} and this renderer has {kind}; give it to one that fits"
         )
     for package, planned in sorted(numerics.versions.items()):
-        try:
-            installed = version(package)
-        except PackageNotFoundError:
-            installed = "none"
-        if installed != planned:
+        here = installed(package)
+        if here == planned:
+            continue
+        if of_the_farm(package):
             raise NumericsError(
-                f"the plan was made with {package} {planned}, {installed} is installed; install {package}=={planned} "
-                f"to go on with this run, or give the job a new name to render it anew"
+                f"the plan was made with revision {planned} of {package}, the farm's own part in its pixels, and this farm has "
+                f"{here}; go on with this run with the farm that made it, or give the job a new name to render it anew"
             )
+        raise NumericsError(
+            f"the plan was made with {package} {planned}, {here} is installed; install {package}=={planned} "
+            f"to go on with this run, or give the job a new name to render it anew"
+        )
 
 
 class Engine:

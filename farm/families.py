@@ -9,7 +9,8 @@ from farm.yamlfile import did_you_mean, shown
 @dataclass(frozen=True, slots=True)
 class Takes:
     """What a family knows what to do with. `options`: what not every family has, and its kind or its values; `any_option`:
-    others are for its code to judge, once the model is loaded. `code`: Python files that come with the weights."""
+    others are for its code to judge, once the model is loaded. `code`: Python files that come with the weights. `pixels`: raised
+    whenever the farm's own arithmetic gives a family's pictures other pixels; plans that name another are refused."""
 
     options: Mapping[str, type | tuple[str, ...]] = field(default_factory=dict)
     denoiser: tuple[str, ...] = ()
@@ -20,6 +21,7 @@ class Takes:
     acceleration: tuple[str, ...] = ()
     any_option: bool = False
     code: bool = False
+    pixels: int = 1
 
 
 _PLACED: dict[str, type | tuple[str, ...]] = {"encoder_on": ("cpu",)}

@@ -6,7 +6,6 @@ a few pixels by one level. Other versions or another device may change more; bot
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from farm.errors import PictureError
 from farm.modelcard import ModelCard
 from farm.plan import ImageSpec, Numerics, card_identity
 from farm.provenance import PictureFile, Provenance, encode_picture, pixels_sha256, read_picture
+from farm.versions import installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +94,12 @@ def compare(picture: PictureFile, pixels: np.ndarray, *, notes: tuple[str, ...] 
 def _numerics_here(planned: Numerics, device: str) -> tuple[Numerics, list[str]]:
     """Return the numerics of this machine, and how they differ from the planned ones."""
     notes = []
-    installed = {}
+    here = {}
     for package, then in sorted(planned.versions.items()):
-        try:
-            now = version(package)
-        except PackageNotFoundError:
-            now = "none"
-        installed[package] = now
+        now = here[package] = installed(package)
         if now != then:
             notes.append(f"{package} was {then} and is {now} here")
     kind = "cuda" if device.startswith("cuda") else "cpu"
     if kind != planned.device:
         notes.append(f"it was rendered on {planned.device} and this is {kind}")
-    return planned.model_copy(update={"versions": installed, "device": kind}), notes
+    return planned.model_copy(update={"versions": here, "device": kind}), notes

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from farm.cardparts import SizeLimits, Source
-from farm.devices import PACKAGES
 from farm.engine import Engine
 from farm.ledger import Ledger
 from farm.manifest import Manifest, Output
@@ -18,6 +17,7 @@ from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
 from farm.plan import ImageSpec, Numerics, Plan, PromptTable, SeedRule
 from farm.storage.local import LocalStore
 from farm.sweep import Template
+from farm.versions import PACKAGES
 
 VERSIONS = {package: version(package) for package in PACKAGES}
 

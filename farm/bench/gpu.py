@@ -46,7 +46,6 @@ from farm.bench.gpufigures import (
 from farm.bench.gpugains import Gain, gains_of, gains_table
 from farm.bench.gpushard import draw_shard
 from farm.bench.offloading import open_peer
-from farm.devices import PACKAGES
 from farm.engine import Engine
 from farm.errors import FarmError
 from farm.modelcard import ModelCard, find_card
@@ -55,6 +54,7 @@ from farm.models.family import open_family
 from farm.placement import Placement
 from farm.plan import ImageSpec, Numerics
 from farm.settings import load_settings
+from farm.versions import PACKAGES
 
 GIB = 2**30
 BUDGET_GIB = 16.0

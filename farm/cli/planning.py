@@ -48,7 +48,6 @@ def load(manifest: Path, settings: "Settings") -> "LoadedManifest":
 
 def submit_request(request: "Request", ledger: "Ledger", *, append: bool) -> "Submission":
     """Create or find the job. Raises NumericsError where what is left of it would be rendered with other versions."""
-    from farm.devices import PACKAGES
     from farm.submission import submit
 
     submission = submit(request, ledger, now=now_iso(), by=whoami(), append=append)
@@ -64,8 +63,8 @@ def submit_request(request: "Request", ledger: "Ledger", *, append: bool) -> "Su
             f"{'; '.join(submission.numerics_differ)}"
         )
         return submission
-    # A renderer has these or must not render; the rest it takes from the plan.
-    enforced = {"device", *PACKAGES}
+    # A renderer has these or must not render; the rest it takes from the plan. What is not here at all may be where it renders.
+    enforced = {"device", *request.numerics.versions}
     differ = [one for one in submission.numerics_differ if one.partition(":")[0] in enforced]
     if differ and not ledger.finished(plan):
         raise NumericsError(

@@ -12,7 +12,6 @@ from torch._inductor.utils import fresh_cache
 
 from farm.bench.giants import prompts, write_giant
 from farm.cardparts import PLAIN, Acceleration
-from farm.devices import PACKAGES
 from farm.engine import Engine, Picture
 from farm.modelcard import ModelCard, find_card
 from farm.models.diffusion import DiffusionFamily
@@ -20,6 +19,7 @@ from farm.models.family import open_family
 from farm.placement import DECODER, DENOISER, DRAWING, ENCODER, Placement
 from farm.plan import ImageSpec, Numerics
 from farm.settings import load_settings
+from farm.versions import PACKAGES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 

@@ -1,7 +1,12 @@
 """Numerics of a new plan follow from the card and the machine."""
 
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, get_args
+
 import pytest
 
+from farm import versions
+from farm.cardparts import Acceleration, Adapter, Attention, Denoiser
 from farm.comparison import numerics_differences
 from farm.devices import (
     DeviceInfo,
@@ -16,6 +21,7 @@ from farm.devices import (
 )
 from farm.engine import check_numerics
 from farm.errors import NumericsError, PlacementError
+from farm.versions import KERNELS, PACKAGES, versions_for
 from tests.unit.finished_jobs import CARD
 
 T4 = Gpu("GPU-1", "Tesla T4", 16 * 2**30, (7, 5))
@@ -69,12 +75,60 @@ def test_one_renderer_a_gpu_and_one_for_every_two_cores_without():
 
 def test_versions_of_all_that_decides_bytes_are_part_of_the_numerics():
     here = numerics_for(CARD, device=on(), renderers=1)
-    assert sorted(here.versions) == ["diffusers", "pillow", "tokenizers", "torch", "transformers"]
+    assert sorted(here.versions) == ["diffusers", "farm-sleep", "pillow", "tokenizers", "torch", "transformers"]
     check_numerics(here, device="cpu")
     other = here.model_copy(update={"versions": here.versions | {"pillow": "1.0"}})
     with pytest.raises(NumericsError, match=r"made with pillow 1\.0, .* install pillow==1\.0 to go on"):
         check_numerics(other, device="cpu")
     assert numerics_differences(other, here) == (f"pillow: 1.0 -> {here.versions['pillow']}",)
+
+
+def uses(*, device: Literal["cuda", "cpu"] = "cuda", **changes: object) -> set[str]:
+    return set(versions_for(CARD.model_copy(update=changes), device)) - {*PACKAGES, "farm-sleep"}
+
+
+def test_packages_that_not_every_card_uses_count_where_it_does(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("farm.versions.version", lambda package: "1.0")
+    assert uses() == set()
+    assert uses(quantise={"encoder": "nf4"}) == {"bitsandbytes"}
+    assert uses(quantise={"encoder": "nf4"}, device="cpu") == set()
+    for device in ("cuda", "cpu"):
+        assert uses(denoiser=Denoiser(path=".", file="a.gguf", format="gguf"), device=device) == {"gguf"}
+        assert uses(denoiser=Denoiser(path=".", file="a.safetensors", format="safetensors"), device=device) == set()
+        assert uses(adapters=(Adapter(name="style", path=".", file="style.safetensors"),), device=device) == {"peft"}
+    flash = {"cuda": Acceleration(attention="flash")}
+    assert uses(acceleration=flash) == {"flash-attn"}
+    assert uses(acceleration=flash, device="cpu") == set()
+
+
+def test_every_kernel_is_of_torch_or_of_a_package_that_is_known():
+    kernels = set(get_args(Attention))
+    assert set(KERNELS) == {name for name in kernels if "native" not in name}
+
+
+def test_a_plan_leaves_out_what_its_planner_lacks(monkeypatch: pytest.MonkeyPatch):
+    def here(package: str) -> str:
+        if package == "peft":
+            raise PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr("farm.versions.version", here)
+    card = CARD.model_copy(update={"adapters": (Adapter(name="style", path=".", file="style.safetensors"),)})
+    lacking = numerics_for(card, device=on(), renderers=1)
+    assert "peft" not in lacking.versions
+    monkeypatch.setattr("farm.versions.version", lambda package: "1.0")
+    check_numerics(lacking, device="cpu")
+    assert numerics_differences(lacking, numerics_for(card, device=on(), renderers=1)) == ()
+
+
+def test_a_farm_that_computes_a_family_otherwise_refuses_plans_of_before(monkeypatch: pytest.MonkeyPatch):
+    before = numerics_for(CARD, device=on(), renderers=1)
+    assert before.versions["farm-sleep"] == "1"
+    monkeypatch.setitem(versions._OWN, "farm-sleep", "2")
+    with pytest.raises(NumericsError, match=r"revision 1 of farm-sleep, .* has 2; go on with this run with the farm"):
+        check_numerics(before, device="cpu")
+    older = before.model_copy(update={"versions": {name: version(name) for name in PACKAGES}})
+    check_numerics(older, device="cpu")
 
 
 def test_this_machine_can_be_looked_at():

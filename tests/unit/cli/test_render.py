@@ -7,6 +7,7 @@ import pytest
 
 from farm.devices import numerics_for
 from farm.errors import FarmUnavailableError, OutOfMemoryError, StoreFullError
+from farm.plan import Numerics
 from farm.records import Action
 from farm.storage.local import LocalStore
 from tests.unit.cli.conftest import FakeFarm, Place, Somebody
@@ -110,6 +111,27 @@ def test_added_rows_with_other_numerics_than_the_run_before_are_noted(
     assert ended.code == 0
     first = farm.ledger.plans("shapes")[0].numerics.batch
     assert f"rendered with other numerics than the run before them: batch: {first} -> 3\n" in ended.err
+
+
+@pytest.mark.parametrize(("here", "refused"), [("1", False), ("2", True), (None, False)])
+def test_a_version_that_one_card_alone_uses_refuses_where_it_is_another_and_not_where_there_is_none(
+    farm: Place, fake_farm: FakeFarm, monkeypatch: pytest.MonkeyPatch, here: str | None, refused: bool
+) -> None:
+    def have(own: str | None) -> None:
+        def planned(*args: Any, **options: Any) -> Numerics:
+            found = numerics_for(*args, **options)
+            return found.model_copy(update={"versions": found.versions | ({"peft": own} if own else {})})
+
+        monkeypatch.setattr("farm.request.numerics_for", planned)
+
+    have("1")
+    fake_farm.stop_after_shards, fake_farm.trouble = 1, KeyboardInterrupt()
+    farm("render", keyed(farm, 3))
+    fake_farm.stop_after_shards, fake_farm.trouble = None, None
+    have(here)
+    ended = farm("render", keyed(farm, 3))
+    assert ("was planned with other numerics (peft: 1 -> 2)" in ended.err) is refused
+    assert (ended.code == 0) is not refused
 
 
 def test_added_rows_wait_for_the_run_in_hand_and_follow_it(farm: Place, fake_farm: FakeFarm) -> None:
