@@ -79,11 +79,10 @@ def lint_prompt(text: str, *, family: str, max_tokens: int | None = None) -> tup
 
 
 @lru_cache(maxsize=1024)
-def prompt_codes(text: str, *, family: str) -> str | None:
-    """Return the codes of the advice on a structured prompt, with commas between; None for others, and where there is none."""
-    if not is_structured(text):
-        return None
-    return ",".join(dict.fromkeys(one.code for one in lint_prompt(text, family=family))) or None
+def prompt_codes(text: str, *, family: str, max_tokens: int) -> str | None:
+    """Return the codes of the advice on a prompt, each once, with commas between; None where there is none."""
+    found = lint_prompt(text, family=family, max_tokens=max_tokens)
+    return ",".join(dict.fromkeys(one.code for one in found)) or None
 
 
 def _advice(text: str, family: str, max_tokens: int | None) -> Iterator[Advice]:

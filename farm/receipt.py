@@ -29,7 +29,7 @@ class ImageRow:
 
     `alone`: rendered outside its planned batch after that batch failed, so its bytes may differ from an undisturbed
     run's. `flag`: `black` or `constant` where the picture is all one colour. `seconds`: its share of its batch's time.
-    `warnings`: codes of the advice on a structured prompt, with commas between.
+    `warnings`: codes of the advice on the prompt, with commas between.
     """
 
     index: int

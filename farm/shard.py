@@ -210,7 +210,9 @@ class ShardRunner:
             renderer=self._renderer,
             device=self._device,
             carry=spec.carry,
-            warnings=prompt_codes(spec.prompt, family=self.plan.card.family),
+            warnings=prompt_codes(
+                spec.prompt, family=self.plan.card.family, max_tokens=self.plan.card.max_sequence_length
+            ),
         )
 
 

@@ -62,6 +62,7 @@ class Single(Record):
     renderer: str
     device: str
     flag: str | None = Field(default=None, description="`black` or `flat` where it looks wrong")
+    warnings: str | None = Field(default=None, description="codes of the advice on the prompt, with commas between")
 
     def expired(self, now: float) -> bool:
         """Whether its time is over at `now`, Unix seconds."""

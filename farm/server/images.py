@@ -22,6 +22,8 @@ from starlette.types import Receive, Scope, Send
 from farm.devices import DeviceInfo
 from farm.errors import BusyError, FarmError, FarmUnavailableError, RequestError, error_of
 from farm.keys import Key
+from farm.lint import prompt_codes
+from farm.modelcard import ModelCard
 from farm.portion import Drawn, PoolView
 from farm.server.body import JsonRoute
 from farm.server.caller import Painter
@@ -117,7 +119,7 @@ async def _generate(asked: ImagesRequest, request: Request, caller: Key, service
         raise _fault(results[0].drawn)
     now = services.wall()
     singles = [
-        _single(asked, drawing, at, result, caller, ready.card.name, services, now) for at, result in enumerate(results)
+        _single(asked, drawing, at, result, caller, ready.card, services, now) for at, result in enumerate(results)
     ]
     kept = [(single, result.drawn.data) for single, result in zip(singles, results, strict=True) if single is not None]
     await (services.keeping.now(kept) if by_link else services.keeping.soon(kept))
@@ -163,7 +165,7 @@ def _single(
     at: int,
     result: Result,
     caller: Key,
-    model: str,
+    card: ModelCard,
     services: Services,
     now: float,
 ) -> Single | None:
@@ -177,7 +179,7 @@ def _single(
         owner=caller.owner,
         key=caller.id,
         user=asked.user,
-        model=model,
+        model=card.name,
         prompt=spec.prompt,
         seed=drawn.seed,
         params=spec.params,
@@ -188,6 +190,7 @@ def _single(
         renderer=result.renderer,
         device=result.device,
         flag=drawn.flag,
+        warnings=prompt_codes(spec.prompt, family=card.family, max_tokens=card.max_sequence_length),
     )
 
 

@@ -39,7 +39,7 @@ class ImageRecord(BaseModel):
     seconds: float = Field(description="its share of its batch's time")
     renderer: str
     device: str
-    warnings: str | None = Field(description="codes of the advice on a structured prompt, with commas between")
+    warnings: str | None = Field(description="codes of the advice on the prompt, with commas between")
     carry: dict[str, Scalar] = Field(description="columns carried from the prompts")
 
 

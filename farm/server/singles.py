@@ -47,6 +47,7 @@ class SingleRecord(BaseModel):
     renderer: str
     device: str
     flag: str | None = Field(description="`black` or `flat` where the picture looks wrong")
+    warnings: str | None = Field(description="codes of the advice on the prompt, with commas between")
     url: str = Field(description="of the picture; signed ones hold for an hour")
 
 

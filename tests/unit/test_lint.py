@@ -1,6 +1,7 @@
 """What prompts are advised against."""
 
 import time
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -231,12 +232,14 @@ def test_text_that_begins_with_a_tag_and_closes_one_was_meant_to_be_xml() -> Non
     assert not is_structured("a <b> c")
 
 
-def test_codes_are_of_structured_prompts_alone() -> None:
-    assert prompt_codes(character(gender="girl", pose="flying", clothing="nike"), family="newbie") == (
-        "unknown_gender,unknown_pose,brand"
-    )
-    assert prompt_codes(GOOD, family="newbie") is None
-    assert prompt_codes("nike shoes", family="newbie") is None
+def test_codes_are_of_every_prompt_and_each_once() -> None:
+    known = partial(prompt_codes, family="newbie", max_tokens=512)
+    assert known(character(gender="girl", pose="flying", clothing="nike")) == "unknown_gender,unknown_pose,brand"
+    assert known(character(appearance="red_hair", pose="flying, falling")) == "unknown_pose"
+    assert known(GOOD) is None
+    assert known("a Nike shoe") == "brand"
+    assert known("a shoe") is None
+    assert known("word " * 600) == "long_prompt"
 
 
 @given(st.text("<>/abn_character_1general_tags,&;\\()\n ", max_size=200))

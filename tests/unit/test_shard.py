@@ -63,10 +63,15 @@ def test_a_shard_ends_in_a_receipt_whose_objects_are_there(tmp_path: Path) -> No
         assert (found.index, found.prompt, found.seed, found.plan) == (row.index, row.prompt, row.seed, planned.digest)
 
 
-def test_rows_of_structured_prompts_carry_the_codes_of_what_is_known_against_them(tmp_path: Path) -> None:
-    prompts = ["nike shoes", "<general_tags><objects>nike_shoes</objects></general_tags>", "a sound prompt"]
+def test_rows_carry_the_codes_of_what_is_known_against_their_prompts(tmp_path: Path) -> None:
+    prompts = [
+        "nike shoes",
+        "<general_tags><objects>nike_shoes</objects></general_tags>",
+        "a sound prompt",
+        "long " * 100,
+    ]
     receipt = run(ledger(tmp_path), plan(prompts), FakeFamily())
-    assert [row.warnings for row in receipt.rows] == [None, "xml_unread,brand", None]
+    assert [row.warnings for row in receipt.rows] == ["brand", "xml_unread,brand", None, "long_prompt"]
 
 
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:

@@ -61,6 +61,9 @@ def test_warnings_come_with_the_answer(tmp_path):
         ]
         assert len(warned["data"]) == 3
         ImagesAnswer.model_validate(warned)
+        await farm.services.keeping.close()
+        kept = [farm.services.singles.get(one["id"], now=farm.services.wall()) for one in warned["data"]]
+        assert [one.warnings for one in kept] == [None, "brand", "brand"]
 
     with_farm(tmp_path, test)
 

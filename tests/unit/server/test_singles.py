@@ -65,6 +65,7 @@ def test_an_image_says_what_it_was_made_from(tmp_path: Path) -> None:
         "renderer": "renderer-0",
         "device": "CPU",
         "flag": None,
+        "warnings": None,
         "url": f"http://127.0.0.1:8000/v1/images/{single.id}/content",
     }
 
