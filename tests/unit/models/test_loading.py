@@ -15,6 +15,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from farm.cardparts import Adapter, Denoiser, Source
 from farm.errors import ModelCardError
+from farm.models.device import Streamed
 from farm.models.loading import Loader
 from farm.models.quantising import whole_layers
 from farm.models.qwen import QwenFamily
@@ -81,9 +82,17 @@ def write_adapter(file: Path, *layers: str) -> dict[str, torch.Tensor]:
     return added
 
 
+def gguf_in(folder: Path) -> Denoiser:
+    return Denoiser(path=str(folder), file="tiny.gguf", format="gguf")
+
+
+def adapter_in(folder: Path) -> Adapter:
+    return Adapter(path=str(folder), file="one.safetensors", name="one", weight=0.5)
+
+
 def test_a_gguf_denoiser_draws_as_the_tensors_that_its_blocks_stand_for(folder: Path, tmp_path: Path) -> None:
     meant = write_gguf(folder, tmp_path / "tiny.gguf")
-    family = loaded(folder, denoiser=Denoiser(path=str(tmp_path), file="tiny.gguf", format="gguf"))
+    family = loaded(folder, denoiser=gguf_in(tmp_path))
     ours = draw(family)
     plain = loaded(folder)
     unquantised = draw(plain)
@@ -227,6 +236,39 @@ def test_an_adapter_adds_its_weights_by_its_weight_and_is_never_merged(folder: P
                 plain._modules.denoiser.get_submodule(layer).weight += weight * more
     assert torch.allclose(draw(family), draw(plain), atol=1e-4)
     assert not torch.allclose(draw(plain), before, atol=1e-3)
+
+
+def test_an_adapter_over_a_gguf_denoiser_adds_its_weights_to_what_the_blocks_stand_for(
+    folder: Path, tmp_path: Path
+) -> None:
+    meant = write_gguf(folder, tmp_path / "tiny.gguf")
+    added = write_adapter(tmp_path / "one.safetensors", LAYER, "transformer_blocks.1.attn.to_k")
+    family = loaded(folder, denoiser=gguf_in(tmp_path), adapters=(adapter_in(tmp_path),))
+    ours = draw(family)
+    adapted: Any = family._modules.denoiser.get_submodule(LAYER)
+    assert type(adapted.base_layer).__name__ == "GGUFLinear"
+    plain = loaded(folder)
+    plain._modules.denoiser.load_state_dict(meant)
+    without = draw(plain)
+    with torch.no_grad():
+        for layer, more in added.items():
+            linear: Any = plain._modules.denoiser.get_submodule(layer)
+            linear.weight += 0.5 * more
+    assert torch.allclose(ours, draw(plain), atol=1e-3)  # scales are applied in half precision
+    assert not torch.allclose(ours, without, atol=1e-2)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["alone", "under an adapter"])
+def test_a_gguf_denoiser_draws_the_same_bytes_block_by_block(folder: Path, tmp_path: Path, adapted: bool) -> None:
+    write_gguf(folder, tmp_path / "tiny.gguf")
+    write_adapter(tmp_path / "one.safetensors", LAYER, "transformer_blocks.1.attn.to_k")
+    adapters = (adapter_in(tmp_path),) if adapted else ()
+    family = loaded(folder, denoiser=gguf_in(tmp_path), adapters=adapters)
+    resident = draw(family)
+    denoiser: Any = family._modules.denoiser
+    Streamed(denoiser).stream_to(torch.device("cpu"))
+    assert [hasattr(block, "_diffusers_hook") for block in denoiser.transformer_blocks] == [True, True]
+    assert torch.equal(draw(family), resident)
 
 
 def test_an_adapter_changes_what_z_image_draws(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ PLACEMENTS = {
     "the encoder on the CPU": laid("phased", DRAWING, DRAWING, DRAWING, on_cpu=ENCODER),
     "one part at a time": laid("phased", ENCODER, DENOISER, DECODER),
     "block by block": laid("streamed", ENCODER, DENOISER, DECODER, streamed=DENOISER),
+    "the encoder block by block": laid("streamed", ENCODER, DRAWING, DRAWING, streamed=ENCODER),
+    "encoder and denoiser block by block": laid("streamed", ENCODER, DENOISER, DECODER, streamed=ENCODER | DENOISER),
 }
 
 
@@ -93,8 +95,8 @@ def opened(model: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> Callable
         assert isinstance(family, DiffusionFamily)
         if placement.on_cpu:
             cast(Tracked, family._parts["encoder"]).anywhere = True
-        if placement.streamed:
-            Streamed(family._modules.denoiser).stream_to(torch.device("cpu"))  # `move` streams to GPUs alone
+        for part in placement.streamed:
+            Streamed(getattr(family._modules, part)).stream_to(torch.device("cpu"))  # `move` streams to GPUs alone
         return engine
 
     return open_placed
