@@ -37,6 +37,8 @@ _ALL = Takes(
 FAMILIES = {
     "z-image": _ALL,
     "qwen-image": _ALL,
+    # Its loop is its authors' own flow solver, and its denoiser a module of ours that reads two layouts of checkpoints by tensor
+    # names: nothing of diffusers' schedulers, adapters and GGUF files applies to it.
     "newbie": Takes(
         options=_PLACED | {"shift": float, "cfg_truncation": float, "cfg_renormalisation": float, "system_prompt": str},
         denoiser=("safetensors",),

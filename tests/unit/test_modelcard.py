@@ -90,6 +90,8 @@ def test_bundled_cards_say_what_their_models_authors_say() -> None:
     guided = {name for name, preset in turbo.presets.items() if preset.guidance_scale}
     assert guided == {name for name, preset in turbo.presets.items() if preset.warning}
     assert guided == {"article-anime", "article-photo", "article-art", "article-concept"}
+    warned = {name: preset.warning for name, preset in newbie.presets.items() if preset.warning}
+    assert warned == {"article": "50 steps are the article's; the model's authors give 28"}
 
 
 def test_unknown_model_names_the_nearest_and_how_to_add_one(tmp_path: Path) -> None:
