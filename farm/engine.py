@@ -19,7 +19,7 @@ from farm.models.family import Embedding, Family, Tokens, Within, open_family
 from farm.models.memory import Memory, memory_of
 from farm.plan import ImageSpec, Numerics
 from farm.records import WorkingMemory
-from farm.versions import installed, of_the_farm
+from farm.versions import completed, installed, of_the_farm
 
 CACHE_BYTES = 512 * 2**20
 """Embeddings kept: some 1,000 prompts of Z-Image, a hundred thousand of sketch."""
@@ -83,7 +83,7 @@ class Weights:
     """What two renders must share to be drawn with one loaded model. The batch may differ.
 
     `parts`: what the card has besides its source: a denoiser, a decoder, quantisation, adapters, a scheduler,
-    acceleration on this kind of device, options, code.
+    acceleration on this kind of device, options, code. `versions`: what a plan does not name counts as it is here.
     """
 
     family: str
@@ -113,7 +113,7 @@ def weights_of(card: ModelCard, numerics: Numerics) -> Weights:
         numerics.device,
         numerics.dtype,
         numerics.threads,
-        tuple(sorted(numerics.versions.items())),
+        tuple(sorted(completed(numerics.versions, card, numerics.device).items())),
     )
 
 

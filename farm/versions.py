@@ -31,10 +31,13 @@ def versions_for(card: ModelCard, device: Literal["cuda", "cpu"]) -> dict[str, s
     A package of PACKAGES must be here. One that some cards alone use is left out where it is not: a machine that only plans need
     not have it, and renderers with any version of it may take the plan.
     """
-    found = {package: installed(package) for package in _used_by(card, device)}
-    return {package: version(package) for package in PACKAGES} | {
-        package: there for package, there in found.items() if there != NONE
-    }
+    return completed({package: version(package) for package in PACKAGES}, card, device)
+
+
+def completed(versions: Mapping[str, str], card: ModelCard, device: Literal["cuda", "cpu"]) -> dict[str, str]:
+    """Return versions with what they do not name of a card's own, where it is here."""
+    here = {package: installed(package) for package in _used_by(card, device) if package not in versions}
+    return {**versions, **{package: found for package, found in here.items() if found != NONE}}
 
 
 def installed(package: str) -> str:

@@ -10,6 +10,7 @@ from farm.cardparts import Acceleration, Adapter, Denoiser, Scheduler, Source
 from farm.engine import EmbeddingCache, Picture, RenderStep, check_numerics, weights_of
 from farm.errors import CancelledError, NumericsError, OutOfMemoryError, RenderError
 from farm.models.family import Embedding, Tokens
+from farm.versions import versions_for
 from tests.drawing import FakeFamily, card, engine, numerics, spec
 
 LONG = "a long prompt of more than thirty-two bytes in all"
@@ -271,3 +272,13 @@ def test_guidance_is_on_where_the_family_says_so() -> None:
 
     batches = engine(FromOne()).batches([spec(0, guidance_scale=1.0), spec(1, guidance_scale=1.5)])
     assert [len(batch.negative) for batch in batches] == [0, 1]
+
+
+def test_a_plan_that_names_no_version_of_a_cards_own_shares_the_weights_of_one_that_does() -> None:
+    packed = card(denoiser=Denoiser(path="/models", file="a.gguf", format="gguf"))
+    named = numerics(versions=versions_for(packed, "cpu"))
+    assert "gguf" in named.versions
+    silent = numerics(versions={name: one for name, one in named.versions.items() if name != "gguf"})
+    assert weights_of(packed, silent) == weights_of(packed, named)
+    other = numerics(versions={**named.versions, "gguf": "0.1"})
+    assert weights_of(packed, other) != weights_of(packed, named)

@@ -384,7 +384,7 @@ def test_other_library_versions_are_refused_before_anything_starts(
     fake_farm.stop_after_shards, fake_farm.trouble = 1, KeyboardInterrupt()
     farm("render", farm.manifest())
     fake_farm.opened.clear()
-    monkeypatch.setattr("farm.devices.version", lambda package: "9.9.9")
+    monkeypatch.setattr("farm.versions.version", lambda package: "9.9.9")
     ended = farm("render", farm.manifest())
     assert ended.code == 4
     assert "torch: " in ended.error
