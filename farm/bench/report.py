@@ -148,7 +148,7 @@ def report(setup: Setup, measured: Measured, ways: Sequence[Way] = ()) -> str:
         "cold disk; this does not empty its cache.",
         cold_table(measured),
         "## One picture after another",
-        f"Median and spread of {len(measured.warm())} pictures, batch 1: {setup.rounds} rounds of {setup.images}"
+        f"Median and spread over {len(measured.warm())} of the pictures, batch 1: {setup.rounds} rounds of {setup.images}"
         f"{_dropped(setup)}; each prompt is encoded anew.",
         warm_table(measured),
         f"As a job draws, in batches of {job.batch}, prompts {_encoded(measured)}: {three_digits(job.seconds_per_image)} s "

@@ -1,8 +1,7 @@
-"""One diffusers model on one device: placed and loaded, each phase's parts there, latents decoded in slices.
+"""One diffusers model on one device: placed and loaded, each phase's parts there.
 
-What all families of torch share. A family says how its modules load and how it encodes, denoises and decodes. Noise is
-drawn per image on the CPU in fp32, and decoding is cut by the picture's size alone: an image depends on its batch mates in
-float rounding alone.
+What all families of torch share. A family says how its modules load and how it encodes, draws noise, denoises and decodes:
+an image depends on its batch mates in float rounding alone.
 """
 
 import copy
@@ -12,7 +11,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ from farm.models.device import Device, Part, Streamed
 from farm.models.family import Decoded, Embedding, StepCallback, Tokens, Within
 from farm.models.firstblock import FirstBlockCache
 from farm.models.loading import Loader, refuse_kernels
-from farm.needs import DECODE_PIXELS, files_of, needs_of
+from farm.needs import files_of, needs_of
 from farm.placement import Placement, place
 from farm.plan import ImageSpec, Numerics
 from farm.records import WorkingMemory
@@ -290,38 +289,6 @@ class DiffusionFamily(ABC):
         """Whether pictures of these parameters are drawn with a negative prompt."""
         return params.guidance_scale > 0
 
-    def noise(self, specs: Sequence[ImageSpec]) -> torch.Tensor:
-        """Draw each image's noise on the CPU in fp32, as the stock pipelines do with one generator an image."""
-        drawn = [
-            torch.randn(
-                (1, *self._latent_shape(spec.params.width, spec.params.height)),
-                generator=torch.Generator("cpu").manual_seed(spec.seed),
-                dtype=torch.float32,
-            )
-            for spec in specs
-        ]
-        return torch.cat(drawn)
-
-    def decode(self, latents: torch.Tensor, spec: ImageSpec) -> Decoded:
-        """Turn latents into pixels, on the device, in slices whose size follows from the picture's alone."""
-        params = spec.params
-        at_once = max(1, DECODE_PIXELS // (params.width * params.height))
-        doing = f"decode {len(latents)} images of {params.width}x{params.height}"
-        with self._phase("decode", doing):
-            pixels: list[torch.Tensor] = []
-            finite: list[torch.Tensor] = []
-            for some in latents.split(at_once):
-                images = self._decoded(some)
-                sound = torch.isfinite(images).flatten(1).all(dim=1)
-                images = torch.nan_to_num(images * 0.5 + 0.5).clamp_(0, 1).float().mul_(255).round_()
-                pixels.append(self._device.to_host(images.to(torch.uint8).permute(0, 2, 3, 1).contiguous()))
-                finite.append(self._device.to_host(sound))
-            self._device.synchronize()
-        return Decoded(
-            tuple(picture for some in pixels for picture in some.numpy()),
-            tuple(bool(one) for some in finite for one in some),
-        )
-
     @abstractmethod
     def _load_modules(self, folder: Path) -> Modules:
         """Load the model on the CPU, and keep tokenizer and scheduler. Raises ModelCardError."""
@@ -333,14 +300,6 @@ class DiffusionFamily(ABC):
     @abstractmethod
     def _forget(self) -> None:
         """Drop what was kept of the last batch."""
-
-    def _latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        """Return the shape of one image's noise; a family that draws its noise otherwise has none."""
-        raise NotImplementedError
-
-    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode: images x 3 x height x width in -1..1, in the stock pipeline's order; for a family that keeps `decode`."""
-        raise NotImplementedError
 
     @abstractmethod
     def tokenize(self, prompt: str) -> Tokens:
@@ -355,16 +314,24 @@ class DiffusionFamily(ABC):
         """Encode one prompt by itself, into host memory, so that kept ones take none of the device's."""
 
     @abstractmethod
+    def noise(self, specs: Sequence[ImageSpec]) -> Any:
+        """Return what a batch is drawn from, each image's by its own seed, in host memory."""
+
+    @abstractmethod
     def denoise(
         self,
         specs: Sequence[ImageSpec],
-        noise: torch.Tensor,
+        noise: Any,
         *,
         positive: Sequence[Embedding],
         negative: Sequence[Embedding],
         on_step: StepCallback,
     ) -> torch.Tensor:
         """Return the latents of a batch of one shape. `negative` is empty without guidance."""
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor, spec: ImageSpec) -> Decoded:
+        """Turn what `denoise` returned into pixels."""
 
 
 def sound(prompt: str) -> str:

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerFast
 
 from farm.errors import ModelCardError
 from farm.modelcard import ModelCard
-from farm.models.diffusion import DiffusionFamily, Modules, sound
+from farm.models.diffusion import Modules, sound
 from farm.models.family import Embedding, StepCallback, Tokens
+from farm.models.latent import LatentFamily
 from farm.models.loading import load_part
 from farm.models.newbie_keys import converted, shape_of
 from farm.models.newbie_recipe import recipe_of
@@ -42,7 +43,7 @@ class NewBieTokens(Tokens):
     pooled: tuple[int, ...]
 
 
-class NewBieFamily(DiffusionFamily):
+class NewBieFamily(LatentFamily):
     """A NewBie model on one device."""
 
     def _load_modules(self, folder: Path) -> Modules:

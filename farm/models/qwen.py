@@ -16,9 +16,10 @@ from torch import nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from farm.modelcard import RenderParams
-from farm.models.diffusion import DiffusionFamily, Modules, sound
+from farm.models.diffusion import Modules, sound
 from farm.models.family import Embedding, StepCallback, Tokens
 from farm.models.firstblock import FirstBlockCache, Streams
+from farm.models.latent import LatentFamily
 from farm.models.qwen_vae import FrameDecoder
 from farm.models.schedulers import load_scheduler
 from farm.plan import ImageSpec
@@ -27,7 +28,7 @@ NOTHING = " "
 """What the model was trained with where a prompt is empty."""
 
 
-class QwenFamily(DiffusionFamily):
+class QwenFamily(LatentFamily):
     """A Qwen-Image model on one device."""
 
     def _load_modules(self, folder: Path) -> Modules:

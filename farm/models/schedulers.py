@@ -6,6 +6,7 @@ its seed.
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def _make(config: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> A
     return MultistepSolver(levels, lambda: kind(**flow, **mine))
 
 
-class _Solver:
+class _Solver(ABC):
     """Takes the steps of `solver` over the noise levels of `levels`, whose configuration the pipelines ask for."""
 
     def __init__(self, levels: FlowMatchEulerDiscreteScheduler, solver: Any):
@@ -129,8 +130,9 @@ class _Solver:
         self._levels.set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
         self._begin(len(self._levels.timesteps), device)
 
+    @abstractmethod
     def _begin(self, steps: int, device: Any) -> None:
-        raise NotImplementedError
+        """Have the solver go over the levels that were just set."""
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Say where a drawing starts, so that nobody has to look for it."""

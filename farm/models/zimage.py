@@ -13,8 +13,9 @@ from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
 from transformers import AutoTokenizer, Qwen3Model
 
 from farm.cardparts import PLAIN
-from farm.models.diffusion import DiffusionFamily, Modules, sound
+from farm.models.diffusion import Modules, sound
 from farm.models.family import Embedding, StepCallback, Tokens
+from farm.models.latent import LatentFamily
 from farm.models.packed import pack_blocks, packs
 from farm.models.schedulers import load_scheduler
 from farm.models.zimage_steps import StepTransformer
@@ -24,7 +25,7 @@ CAPTION_MULTIPLE = 32
 """The transformer pads captions to multiples of this; longer differences would need an attention mask."""
 
 
-class ZImageFamily(DiffusionFamily):
+class ZImageFamily(LatentFamily):
     """A Z-Image model on one device."""
 
     def _load_modules(self, folder: Path) -> Modules:

@@ -381,7 +381,7 @@ def test_the_report_has_every_table() -> None:
     assert "| 1024×1024 | 2 | 4.30 | 0.500 | 0.200 | 0.00 |" in text
     assert "| 512×512 | 2 | no memory left | | | |" in text
     assert (
-        "Median and spread of 1 pictures, batch 1: 2 rounds of 2, without the first round and the first picture of each; "
+        "Median and spread over 1 of the pictures, batch 1: 2 rounds of 2, without the first round and the first picture of each"
         in text
     )
     assert "Negative prompt: `blurry`" in text

@@ -19,10 +19,11 @@ from farm.ledger import Ledger
 from farm.passes import Everything, Others
 from farm.plan import Plan
 from farm.receipt import ImageRow, Receipt
-from farm.records import Control, Profile, ShapeSpeed, Stages, Totals
+from farm.records import Control, Totals
 from farm.status import images_done
 from farm.storage.local import LocalStore
 from tests.unit.finished_jobs import make_plan
+from tests.unit.profiles import make_profile, make_stages
 from tests.unit.storage.test_contract import Unconditional
 
 PLAN = make_plan(rows=5, seeds=2, shard_images=4)
@@ -383,17 +384,7 @@ def test_totals_are_those_of_the_latest_pass(ledger: Ledger, store: CountingStor
 
 
 def test_a_profile_reads_back_and_a_broken_one_counts_as_none(ledger: Ledger, store: CountingStore) -> None:
-    profile = Profile(
-        model="shapes",
-        device="NVIDIA RTX 4090 / 16 GiB",
-        seconds_per_image=0.25,
-        width=64,
-        height=64,
-        num_inference_steps=4,
-        batch=8,
-        images=100,
-        measured_at="2026-11-21T10:00:00+00:00",
-    )
+    profile = make_profile(device="NVIDIA RTX 4090 / 16 GiB")
     assert ledger.profile("shapes", profile.device) is None
     ledger.put_profile(profile)
     assert ledger.profile("shapes", profile.device) == profile
@@ -404,8 +395,7 @@ def test_a_profile_reads_back_and_a_broken_one_counts_as_none(ledger: Ledger, st
 
 def test_what_is_accelerated_has_a_profile_of_its_own(ledger: Ledger, store: CountingStore) -> None:
     quick = Acceleration(compile=True, attention="_native_cudnn")
-    fields = {"model": "shapes", "device": "NVIDIA L4", "width": 64, "height": 64, "num_inference_steps": 4, "batch": 8}
-    plain = Profile(**fields, images=100, measured_at="2026-11-21T10:00:00+00:00", seconds_per_image=0.5)
+    plain = make_profile(device="NVIDIA L4", seconds_per_image=0.5)
     faster = plain.model_copy(update={"acceleration": quick, "seconds_per_image": 0.25})
     ledger.put_profile(faster)
     assert ledger.profile("shapes", "NVIDIA L4") is None
@@ -421,27 +411,14 @@ def test_what_is_accelerated_has_a_profile_of_its_own(ledger: Ledger, store: Cou
 
 
 def test_a_jobs_profile_leaves_the_stages_that_a_benchmark_measured(ledger: Ledger) -> None:
-    stages = Stages(
-        load_s=2.0,
-        encode_s=0.1,
-        guidance_scale=0.0,
-        guided_above=0.0,
-        shapes=(ShapeSpeed(width=64, height=64, step_s=0.01, decode_s=0.02),),
-        batch=8,
-        peak_gib={"decode": 0.5},
-        dtype="float32",
-        versions={},
-        measured_at="2026-11-21T10:00:00+00:00",
-    )
-    fields = {"model": "shapes", "device": "cpu", "width": 64, "height": 64, "num_inference_steps": 4, "batch": 8}
-    fields |= {"images": 100, "measured_at": "2026-11-21T10:00:00+00:00"}
-    ledger.put_profile(Profile(**fields, seconds_per_image=0.25, stages=stages))
-    ledger.put_profile(Profile(**fields, seconds_per_image=0.5))
+    stages, later = make_stages(), make_profile(device="cpu", seconds_per_image=0.5)
+    ledger.put_profile(make_profile(device="cpu", seconds_per_image=0.25, stages=stages))
+    ledger.put_profile(later)
     found = ledger.profile("shapes", "cpu")
     assert found is not None
     assert (found.seconds_per_image, found.stages) == (0.5, stages)
     for identity, kept in (("of these weights", stages), ("of these weights", stages), ("of others", None)):
-        ledger.put_profile(Profile(**fields, seconds_per_image=0.5, identity=identity))
+        ledger.put_profile(later.model_copy(update={"identity": identity}))
         found = ledger.profile("shapes", "cpu")
         assert found is not None
         assert found.stages == kept

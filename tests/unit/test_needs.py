@@ -12,8 +12,9 @@ from farm.errors import ModelCardError
 from farm.modelcard import ModelCard, RenderParams
 from farm.needs import GIB, WORKING_SETS, folders_of, measured_of, needs_of, part_bytes
 from farm.plan import drawing_identity
-from farm.records import Profile, ShapeSpeed, Stages, WorkingMemory
+from farm.records import Profile, WorkingMemory
 from tests.drawing import card, numerics
+from tests.unit.profiles import make_profile, make_stages
 from tests.unit.test_tensorfiles import write_gguf, write_safetensors
 
 WEIGHTS = {
@@ -189,31 +190,7 @@ def test_what_was_measured_counts_for_exactly_that_model_dtype_and_versions() ->
 
 
 def profile_with(working: WorkingMemory | None) -> Profile:
-    stages = Stages(
-        load_s=1.0,
-        encode_s=0.1,
-        guidance_scale=0.0,
-        guided_above=0.0,
-        shapes=(ShapeSpeed(width=1024, height=1024, step_s=1.0, decode_s=0.5),),
-        batch=1,
-        peak_gib={},
-        dtype="bfloat16",
-        versions={},
-        working=working,
-        measured_at="2026-01-01T00:00:00+00:00",
-    )
-    return Profile(
-        model="sketch",
-        device="a card",
-        seconds_per_image=8.0,
-        width=1024,
-        height=1024,
-        num_inference_steps=8,
-        batch=1,
-        images=8,
-        measured_at="2026-01-01T00:00:00+00:00",
-        stages=stages,
-    )
+    return make_profile(stages=make_stages(working=working))
 
 
 def test_a_gguf_denoiser_counts_as_its_bytes_and_dequantises_in_each_step(folder: Path, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from farm.devices import local_device
 from farm.placement import ALL, DRAWING, ENCODER, Placement
-from farm.records import Profile, ShapeSpeed, Stages
+from farm.records import ShapeSpeed
 from tests.unit.cli.conftest import FakeFarm, Place
+from tests.unit.profiles import make_profile, make_stages
 
 
 def test_plan_counts_and_writes_nothing(farm: Place) -> None:
@@ -42,19 +43,8 @@ def test_plan_of_a_job_that_is_there_says_what_a_render_would_do(farm: Place, fa
 
 def measured(farm: Place, seconds_per_image: float) -> None:
     """A speed of this device, as an earlier job left it."""
-    farm.ledger.put_profile(
-        Profile(
-            model="shapes",
-            device=local_device().name,
-            seconds_per_image=seconds_per_image,
-            width=64,
-            height=64,
-            num_inference_steps=4,
-            batch=4,
-            images=100,
-            measured_at="2026-11-21T10:00:00+00:00",
-        )
-    )
+    shape = {"width": 64, "height": 64, "num_inference_steps": 4}
+    farm.ledger.put_profile(make_profile(device=local_device().name, seconds_per_image=seconds_per_image, **shape))
 
 
 def in_hours(number: float) -> str:
@@ -153,32 +143,10 @@ def test_plan_names_the_device_that_cannot_draw_it(farm: Place) -> None:
 
 def bench_of(farm: Place, device: str, **changes: float | None) -> None:
     """What `farm bench sketch` left of a device."""
-    stages = Stages(
-        load_s=20.0,
-        encode_s=0.25,
-        guidance_scale=2.0,
-        guided_above=0.0,
-        shapes=(ShapeSpeed(width=64, height=64, step_s=1.5, decode_s=0.5),),
-        batch=1,
-        peak_gib={},
-        dtype="float32",
-        versions={},
-        measured_at="2026-11-21T10:00:00+00:00",
-    )
-    farm.ledger.put_profile(
-        Profile(
-            model="sketch",
-            device=device,
-            seconds_per_image=13.0,
-            width=64,
-            height=64,
-            num_inference_steps=8,
-            batch=1,
-            images=3,
-            measured_at=stages.measured_at,
-            stages=stages.model_copy(update=changes),
-        )
-    )
+    speed = ShapeSpeed(width=64, height=64, step_s=1.5, decode_s=0.5)
+    stages = make_stages(encode_s=0.25, guidance_scale=2.0, shapes=(speed,), **changes)
+    shape = {"width": 64, "height": 64, "num_inference_steps": 8}
+    farm.ledger.put_profile(make_profile(model="sketch", device=device, **shape, stages=stages))
 
 
 @pytest.mark.parametrize(

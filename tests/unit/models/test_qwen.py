@@ -212,7 +212,7 @@ def test_floats_that_are_none_are_told_and_slices_follow_the_pictures_size(
     latents[1] = float("nan")
     whole = family.decode(latents, spec(0))
     assert whole.finite == (True, False, True)
-    monkeypatch.setattr("farm.models.diffusion.DECODE_PIXELS", 64 * 64)
+    monkeypatch.setattr("farm.models.latent.DECODE_PIXELS", 64 * 64)
     sliced = family.decode(latents, spec(0))
     for place in (0, 2):
         assert np.abs(sliced.pixels[place].astype(int) - whole.pixels[place].astype(int)).max() <= 1
