@@ -26,6 +26,7 @@ from farm.ledger import Ledger
 from farm.settings import Settings
 from farm.storage.local import LocalStore
 from tests.chaos import end, title
+from tests.integration.test_farm import until
 from tests.unit.finished_jobs import commit_shard, make_plan
 
 CALLERS = 1000
@@ -148,10 +149,18 @@ def test_a_renderer_of_another_version_is_ended_and_both_versions_are_named(clus
         FarmUnavailableError, match=rf"has version {re.escape(__version__)}, its dispatcher 9\.9; install 9\.9"
     ):
         asyncio.run(pool.work("renderer-0"))
-    with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(handle.retire.remote(), timeout=PATIENCE_S)
+    until(lambda: has_ended(handle))
     with pytest.raises(ValueError, match="renderer-0"):
         ray.get_actor("renderer-0", NAMESPACE)
+
+
+def has_ended(renderer: Any) -> bool:
+    """A killed actor may answer a last time: Ray ends it meanwhile."""
+    try:
+        ray.get(renderer.retire.remote(), timeout=PATIENCE_S)
+    except ray.exceptions.RayActorError:
+        return True
+    return False
 
 
 def test_of_a_caller_that_asks_again_only_the_newest_question_waits(dispatcher, ledger):
